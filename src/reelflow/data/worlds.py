@@ -1,0 +1,554 @@
+"""A synthetic world whose truth is known exactly, and an analyser that reads any clip of it back.
+
+One coloured shape moves over an endless textured backdrop. `World.draw_scene` decides, `World.render` paints,
+`render_world` fills a folder with real mp4 files and captions, and `analyse` measures colour, shape, motion and camera
+of a clip without a learned network, so that "it followed the prompt" is a number. Positions are (x, y) in pixels of the
+view, y pointing down, with pixel centres at whole numbers.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+from reelflow.config import configuration, to_dict
+from reelflow.data.video import write_video
+from reelflow.errors import ConfigError, DataError, nearest
+
+__all__ = [
+    "COLOURS",
+    "COMBINATIONS",
+    "MOTIONS",
+    "SHAPES",
+    "Combination",
+    "Reading",
+    "Rendered",
+    "Scene",
+    "World",
+    "analyse",
+    "caption",
+    "prompt",
+    "render_world",
+    "score_clip",
+    "split_combinations",
+]
+
+PAINT = {  # RGB, about 60 degrees of hue apart
+    "red": (218, 46, 44),
+    "green": (52, 172, 70),
+    "blue": (48, 84, 222),
+    "yellow": (234, 208, 52),
+    "magenta": (208, 56, 196),
+    "cyan": (52, 200, 212),
+}
+REACH = {"disc": 1.0, "square": 0.89, "triangle": 1.25, "ring": 1.1}  # farthest extent along an axis, in radii
+STEP = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0), "circling": (0, 0)}
+WORDS = {  # three ways to say each motion, one per grammatical form used in PHRASINGS
+    "left": ("moving left", "drifting to the left", "moves left"),
+    "right": ("moving right", "drifting to the right", "moves right"),
+    "up": ("moving up", "drifting up", "moves up"),
+    "down": ("moving down", "drifting down", "moves down"),
+    "still": ("staying still", "not moving", "stays still"),
+    "circling": ("moving in circles", "going around", "moves in circles"),
+}
+PHRASINGS = (  # the first is the canonical one, used by `prompt`
+    "a {colour} {shape} {moving}",
+    "{colour} {shape} {drifting}",
+    "the {shape} is {colour} and {moves}",
+    "there is a {colour} {shape} {moving}",
+    "a {shape} in {colour} {drifting}",
+    "a video of a {colour} {shape} {moving}",
+)
+
+COLOURS, SHAPES, MOTIONS = tuple(PAINT), tuple(REACH), tuple(STEP)
+
+
+class Combination(NamedTuple):
+    """What a prompt names."""
+
+    colour: str
+    shape: str
+    motion: str
+
+
+COMBINATIONS = tuple(itertools.starmap(Combination, itertools.product(COLOURS, SHAPES, MOTIONS)))
+
+
+@configuration
+class Scene:
+    """Everything that determines a clip of a given world; lengths in pixels, times in frames.
+
+    The object's centroid in frame t is `origin + t * velocity + orbit * (cos, sin)(phase + t * spin)`.
+    """
+
+    colour: str
+    shape: str
+    motion: str
+    radius: float
+    shade: float  # factor on the palette colour
+    origin: tuple[float, float]
+    velocity: tuple[float, float]
+    orbit: float
+    phase: float  # radians
+    spin: float  # radians per frame
+    pan: tuple[float, float]  # camera velocity
+    backdrop: int  # seed of the texture
+    phrasing: int  # index into the caption templates
+
+    def __post_init__(self) -> None:
+        _check_names(self.colour, self.shape, self.motion)
+        if not 0 <= self.phrasing < len(PHRASINGS):
+            raise ConfigError(f"phrasing must be in 0..{len(PHRASINGS) - 1}, got {self.phrasing}")
+
+    @property
+    def combination(self) -> Combination:
+        return Combination(self.colour, self.shape, self.motion)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A clip and its truth."""
+
+    frames: UInt8[np.ndarray, "T H W 3"]
+    caption: str
+    label: int  # index into COMBINATIONS
+    trajectory: Float32[np.ndarray, "T 2"]  # the object's centroid in the view
+    mask: Float32[np.ndarray, "T H W"]  # share of each pixel that the object covers
+    pan: Float32[np.ndarray, "T 2"]  # where the view's corner is in the world, from (0, 0)
+
+
+@configuration
+class World:
+    """Size and look of the clips; sizes and speeds of what moves follow min(height, width).
+
+    Motion is relative to the view: under a panning camera a "still" object stays put on the screen.
+    """
+
+    height: int = 64
+    width: int = 64
+    num_frames: int = 17
+    fps: float = 8.0
+    contrast: float = 0.25  # of the backdrop, 0 (flat) to 1
+    max_pan: float = 0.0  # fastest camera, pixels per frame
+
+    def __post_init__(self) -> None:
+        if min(self.height, self.width) < 24:
+            raise ConfigError(
+                f"a world needs at least 24 x 24 pixels to tell shapes apart, got {self.height} x {self.width}"
+            )
+        if self.num_frames < 5:
+            raise ConfigError(f"a world needs at least 5 frames to tell motions apart, got {self.num_frames}")
+        if not (self.fps > 0 and math.isfinite(self.fps)):
+            raise ConfigError(f"fps must be positive, got {self.fps}")
+        if not 0 <= self.contrast <= 1:
+            raise ConfigError(f"contrast must be between 0 and 1, got {self.contrast}")
+        if not 0 <= self.max_pan <= self.size / 8:
+            raise ConfigError(f"max_pan must be between 0 and {self.size / 8:g} pixels per frame, got {self.max_pan}")
+
+    @property
+    def size(self) -> int:
+        """The shorter side, in pixels: the unit of every length in the world."""
+        return min(self.height, self.width)
+
+    def draw_scene(
+        self,
+        rng: np.random.Generator,
+        *,
+        colour: str | None = None,
+        shape: str | None = None,
+        motion: str | None = None,
+    ) -> Scene:
+        """Draw a scene in which the object stays wholly inside the view; names that are not given are drawn too.
+
+        Straight motion covers 1.2 to 2 pixels per frame of a 64 pixel view (less where a long clip leaves no room),
+        a circle has a radius of 12 to 18 % of the view and takes about 16 frames, at least 0.8 turns per clip.
+
+        Raises:
+            ConfigError: a name is unknown; the nearest is offered.
+        """
+        colour, shape, motion = colour or _pick(rng, COLOURS), shape or _pick(rng, SHAPES), motion or _pick(rng, MOTIONS)
+        _check_names(colour, shape, motion)
+        steps = self.num_frames - 1
+        radius = rng.uniform(0.17, 0.22) * self.size
+        low = REACH[shape] * radius + 1
+        high = np.array([self.width - 1, self.height - 1]) - low
+
+        speed = np.minimum(rng.uniform(1.2, 2.0) * self.size / 64, 0.95 * (high - low) / steps)
+        orbit = min(rng.uniform(0.12, 0.18) * self.size, 0.45 * (high - low).min()) if motion == "circling" else 0.0
+        turns = max(0.8, rng.uniform(0.8, 1.2) * steps / 16) * rng.choice([-1, 1])
+        angle, pan = rng.uniform(0, 2 * math.pi), rng.uniform(0, self.max_pan)
+        scene = Scene(
+            colour=colour,
+            shape=shape,
+            motion=motion,
+            radius=radius,
+            shade=rng.uniform(0.92, 1.06),
+            origin=(0.0, 0.0),
+            velocity=_pair(speed * STEP[motion]),
+            orbit=orbit,
+            phase=rng.uniform(0, 2 * math.pi),
+            spin=2 * math.pi * turns / steps,
+            pan=(pan * math.cos(angle), pan * math.sin(angle)),
+            backdrop=int(rng.integers(2**32)),
+            phrasing=int(rng.integers(len(PHRASINGS))),
+        )
+        path = self.trajectory(scene)
+        return dataclasses.replace(scene, origin=_pair(rng.uniform(low - path.min(0), high - path.max(0))))
+
+    def trajectory(self, scene: Scene) -> Float[np.ndarray, "T 2"]:
+        """Follow the object's centroid through the view, in pixels (x, y)."""
+        t = np.arange(self.num_frames)[:, None]
+        angle = scene.phase + t * scene.spin
+        return scene.origin + t * np.array(scene.velocity) + scene.orbit * np.hstack([np.cos(angle), np.sin(angle)])
+
+    def render(self, scene: Scene) -> Rendered:
+        """Paint `scene`: a flat, anti-aliased shape over the backdrop that the camera sees."""
+        path = self.trajectory(scene)
+        pan = np.arange(self.num_frames)[:, None] * np.array(scene.pan)
+        backdrop = np.rint(self._backdrop(scene, pan if pan.any() else pan[:1])).astype(np.uint8)
+        frames = np.broadcast_to(backdrop, (self.num_frames, *backdrop.shape[1:])).copy()
+        mask = np.zeros(frames.shape[:3], np.float32)
+
+        # Only a square box around the object is touched.
+        box = math.ceil(2 * REACH[scene.shape] * scene.radius) + 3
+        corner = np.clip(np.ceil(path - box / 2), 0, [self.width - box, self.height - box]).astype(int)
+        cells = corner[:, None] + np.arange(box)[None, :, None] - path[:, None]  # T box 2, relative to the centroid
+        x, y = cells[:, None, :, 0].astype(np.float32), cells[:, :, None, 1].astype(np.float32)
+        coverage = np.clip(0.5 - _distance(scene.shape, x, y, scene.radius), 0, 1)
+        paint = np.minimum(np.multiply(PAINT[scene.colour], scene.shade), 255).astype(np.float32)
+        for t, (left, top) in enumerate(corner):
+            window = (t, slice(top, top + box), slice(left, left + box))
+            behind = frames[window].astype(np.float32)
+            frames[window] = np.rint(behind + coverage[t, :, :, None] * (paint - behind))
+            mask[window] = coverage[t]
+        return Rendered(
+            frames=frames,
+            caption=caption(scene),
+            label=COMBINATIONS.index(scene.combination),
+            trajectory=path.astype(np.float32),
+            mask=mask,
+            pan=pan.astype(np.float32),
+        )
+
+    def _backdrop(self, scene: Scene, pan: Float[np.ndarray, "P 2"]) -> Float[np.ndarray, "P H W 3"]:
+        """Sum a few long, muted plane waves: an endless texture, exact at any sub-pixel camera position."""
+        rng, num_waves = np.random.default_rng(scene.backdrop), 8
+        base = rng.uniform(80, 170) + rng.uniform(-16, 16, 3)
+        cycles, heading = rng.uniform(0.3, 1.8, num_waves), rng.uniform(0, 2 * math.pi, num_waves)
+        phase = rng.uniform(0, 2 * math.pi, num_waves)
+        tint = (1 + rng.uniform(-0.35, 0.35, (num_waves, 3))) / cycles[:, None]
+        tint *= 64 * self.contrast / np.sqrt((tint**2).mean(1).sum() / 2)  # levels, root mean square
+
+        # cos(kx x + ky y + phase) is the real part of a row factor times a column factor, so the sum is a matrix product.
+        wave = 2j * math.pi * cycles / self.size
+        across = np.exp(wave * np.cos(heading) * (np.arange(self.width)[:, None] + pan[:, None, :1]))  # P W waves
+        down = np.exp(wave * np.sin(heading) * (np.arange(self.height)[:, None] + pan[:, None, 1:]) + 1j * phase)
+        rows = (down[:, :, None] * tint.T).astype(np.complex64)  # P H 3 waves
+        columns = across.swapaxes(1, 2).astype(np.complex64)[:, None]
+        return np.clip(base[:, None] + (rows @ columns).real, 0, 255).swapaxes(2, 3)
+
+
+def caption(scene: Scene) -> str:
+    """Describe `scene` in its own phrasing, in ten words or fewer."""
+    return _phrase(scene.phrasing, scene.combination)
+
+
+def prompt(colour: str, shape: str, motion: str) -> str:
+    """Describe a combination in the canonical phrasing, as in "a red ring moving left".
+
+    Raises:
+        ConfigError: a name is unknown; the nearest is offered.
+    """
+    _check_names(colour, shape, motion)
+    return _phrase(0, Combination(colour, shape, motion))
+
+
+def split_combinations(
+    *, held_out_fraction: float = 0.11, seed: int
+) -> tuple[tuple[Combination, ...], tuple[Combination, ...]]:
+    """Return (train, held out) combinations; every pair of names that is held out together still occurs in train.
+
+    Greedy: the next one held out is the one whose names, then pairs of names, have been held out least.
+
+    Raises:
+        ConfigError: the fraction is not between 0 and 0.5.
+    """
+    if not 0 <= held_out_fraction <= 0.5:
+        raise ConfigError(f"held_out_fraction must be between 0 and 0.5, got {held_out_fraction}")
+    rng, used, held_out = np.random.default_rng(seed), Counter[tuple[str, ...]](), list[Combination]()
+    remaining = [COMBINATIONS[i] for i in rng.permutation(len(COMBINATIONS))]
+    for _ in range(round(held_out_fraction * len(COMBINATIONS))):
+        chosen = min(remaining, key=lambda c: [max(used[p] for p in itertools.combinations(c, n)) for n in (2, 1)])
+        remaining.remove(chosen)
+        held_out.append(chosen)
+        used.update(part for n in (1, 2) for part in itertools.combinations(chosen, n))
+    return tuple(c for c in COMBINATIONS if c in remaining), tuple(c for c in COMBINATIONS if c in held_out)
+
+
+def render_world(
+    folder: Path,
+    world: World,
+    *,
+    num_clips: int,
+    combinations: Sequence[Combination] = COMBINATIONS,
+    seed: int,
+    on_clip: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill `folder` with NNNNN.mp4 and NNNNN.txt (the caption), and `world.json`: the truth of every clip.
+
+    Combinations take turns in shuffled rounds, so their counts differ by at most one. Clip i depends on the seed and
+    on i alone. `world.json` comes last: it marks a folder that is complete. `on_clip(done, num_clips)` follows along.
+
+    Raises:
+        ConfigError: there is nothing to render.
+        DataError: the folder already holds something.
+    """
+    if num_clips < 1 or not combinations:
+        raise ConfigError(f"nothing to render: {num_clips} clips of {len(combinations)} combinations; both must be >= 1")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not an empty folder; give a new one, or remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    clips = []
+    for index in range(num_clips):
+        round_number, turn = divmod(index, len(combinations))
+        order = np.random.default_rng([seed, 0, round_number]).permutation(len(combinations))
+        scene = world.draw_scene(
+            np.random.default_rng([seed, 1, index]), **combinations[order[turn]]._asdict()
+        )
+        clip, name = world.render(scene), f"{index:05d}"
+        write_video(folder / f"{name}.mp4", clip.frames, fps=world.fps)
+        _write_text(folder / f"{name}.txt", clip.caption + "\n")
+        clips.append(
+            {
+                "file": f"{name}.mp4",
+                "caption": clip.caption,
+                "label": clip.label,
+                "scene": dataclasses.asdict(scene),
+                "trajectory": clip.trajectory.round(3).tolist(),
+                "pan": clip.pan.round(3).tolist(),
+            }
+        )
+        if on_clip:
+            on_clip(index + 1, num_clips)
+    _write_text(folder / "world.json", json.dumps({"world": to_dict(world), "seed": seed, "clips": clips}))
+
+
+# --- reading a clip back ---------------------------------------------------------------------------------------------
+
+OPPONENT = np.array([[1, -0.5, -0.5], [0, 0.75**0.5, -(0.75**0.5)]], np.float32).T  # RGB -> a plane without lightness
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a clip shows; None and NaN where it cannot be told."""
+
+    colour: str | None
+    shape: str | None
+    motion: str | None  # relative to the view
+    trajectory: Float32[np.ndarray, "T 2"]  # centroid; NaN in frames without the object
+    pan: Float32[np.ndarray, "T 2"]  # camera position in the world, from (0, 0)
+    confidence: float  # share of frames that show the object x likeness of its outline to the best template; 0 if none
+
+
+def analyse(frames: UInt8[np.ndarray, "T H W 3"]) -> Reading:
+    """Read any clip back with no learned network, robust to blur, noise, compression and shifted colours.
+
+    The backdrop is muted and the object is not, so the plane without lightness separates them: the hue that most of
+    the colourful pixels share is the object's, and the distance to it is a soft mask. The mask's centroid gives the
+    motion; the mask averaged around its centroid over all frames is compared with blurred templates of each shape.
+    """
+    (num_frames, height, width), size = frames.shape[:3], min(frames.shape[1:3])
+    chroma = frames.reshape(-1, 3).astype(np.float32) @ OPPONENT
+    chroma = chroma.reshape(num_frames, height, width, 2)
+    nowhere = np.full((num_frames, 2), np.nan, np.float32)
+
+    colour, backdrop, paint = _dominant_colour(chroma)
+    if colour is None:
+        return Reading(None, None, None, nowhere, _camera(frames, nowhere, 0.0), 0.0)
+
+    away = np.sqrt(((chroma - paint) ** 2).sum(-1))
+    mask = np.maximum(1 - away / math.dist(paint, backdrop), 0)
+    mask[mask < 0.3] = 0  # texture and noise
+    area = mask.sum((1, 2))
+    typical = float(np.median(area))
+    if not 0.02 * size**2 < typical < 0.4 * size**2:
+        return Reading(None, None, None, nowhere, _camera(frames, nowhere, 0.0), 0.0)
+
+    seen = area > 0.3 * typical
+    centroid = np.stack([mask.sum(1) @ np.arange(width), mask.sum(2) @ np.arange(height)], 1) / np.maximum(area, 1)[:, None]
+    trajectory = np.where(seen[:, None], centroid, np.nan).astype(np.float32)
+    radius = math.sqrt(typical / math.pi)
+    shape, likeness = _shape(mask[seen], trajectory[seen], radius)
+    motion = _motion(np.flatnonzero(seen), trajectory[seen], size) if seen.mean() > 0.7 else None
+    return Reading(
+        colour, shape, motion, trajectory, _camera(frames, trajectory, 2 * radius), float(seen.mean()) * max(likeness, 0.0)
+    )
+
+
+def score_clip(frames: UInt8[np.ndarray, "T H W 3"], colour: str, shape: str, motion: str) -> dict[str, bool]:
+    """Say whether a clip shows the colour, the shape and the motion asked for, and all three at once.
+
+    Raises:
+        ConfigError: a name is unknown; the nearest is offered.
+    """
+    _check_names(colour, shape, motion)
+    read = analyse(frames)
+    right = {"colour": read.colour == colour, "shape": read.shape == shape, "motion": read.motion == motion}
+    return right | {"all": all(right.values())}
+
+
+def _dominant_colour(
+    chroma: Float32[np.ndarray, "T H W 2"],
+) -> tuple[str | None, Float32[np.ndarray, "2"], Float32[np.ndarray, "2"]]:
+    """Name the hue of what stands out, with the chroma of the backdrop and of the object; None if nothing stands out."""
+    _, height, width, _ = chroma.shape
+    sample = chroma[:, ::2, ::2].reshape(-1, 2)
+    backdrop = np.median(sample, axis=0)
+    contrast = np.hypot(*(sample - backdrop).T)
+    smallest = 0.04 * min(height, width) / max(height, width)  # well inside the smallest object's share of the view
+    peak = np.quantile(contrast, 1 - smallest)
+    vivid = sample[contrast > 0.7 * peak]
+    hues = np.array(list(PAINT.values()), np.float32) @ OPPONENT
+    nearest_hue = (vivid @ (hues / np.linalg.norm(hues, axis=1, keepdims=True)).T).argmax(1)
+    votes = np.bincount(nearest_hue, np.hypot(*vivid.T), minlength=len(COLOURS))
+    best = int(votes.argmax())
+    if peak < 40 or votes[best] < 0.6 * votes.sum():
+        return None, backdrop, backdrop
+    return COLOURS[best], backdrop, np.median(vivid[nearest_hue == best], axis=0)
+
+
+def _shape(
+    mask: Float32[np.ndarray, "T H W"], centre: Float32[np.ndarray, "T 2"], radius: float
+) -> tuple[str | None, float]:
+    """Correlate the mask, averaged around its centroid at a common scale, with each shape's templates."""
+    grid = _template_grid() * radius
+    across = np.maximum(1 - abs(np.arange(mask.shape[2]) - centre[:, :1, None] - grid[:, None]), 0)  # T grid W, bilinear
+    down = np.maximum(1 - abs(np.arange(mask.shape[1]) - centre[:, 1:, None] - grid[:, None]), 0)
+    outline = _standardised((down @ mask @ across.swapaxes(1, 2)).mean(0))
+    likeness = (_templates() @ outline.ravel()).max(1)
+    best = int(likeness.argmax())
+    return (SHAPES[best] if likeness[best] > 0.75 else None), float(likeness[best])
+
+
+def _template_grid() -> Float32[np.ndarray, "grid"]:
+    return np.linspace(-1.9, 1.9, 40, dtype=np.float32)
+
+
+@functools.cache
+def _templates() -> Float32[np.ndarray, "shapes variants pixels"]:
+    """Draw each shape around its centroid with unit equal-area radius, at several scales and blurs."""
+    grid = _template_grid()
+    cell, far = float(grid[1] - grid[0]), abs(grid[:, None] - grid)
+    blurs = [np.exp(-0.5 * (far / sigma) ** 2) for sigma in (0.06, 0.14, 0.25)]
+    bank = []
+    for shape in SHAPES:
+        fine = np.linspace(-2, 2, 400, dtype=np.float32)
+        unit = math.sqrt((_distance(shape, fine, fine[:, None], 1.0) < 0).mean() * 16 / math.pi)
+        for scale, blur in itertools.product((0.86, 0.93, 1.0, 1.08, 1.16), blurs):
+            sharp = np.clip(0.5 - _distance(shape, grid, grid[:, None], scale / unit) / cell, 0, 1)
+            bank.append(_standardised(blur @ sharp @ blur).ravel())
+    return np.stack(bank).reshape(len(SHAPES), -1, grid.size**2)
+
+
+def _motion(t: np.ndarray, path: Float32[np.ndarray, "T 2"], size: int) -> str | None:
+    """Name the motion of a path: hardly any spread is still, a line along an axis a direction, one way round circling."""
+    if len(t) < 5:
+        return None
+    t, path = t - t.mean(), path - path.mean(0)
+    spread = np.sqrt((path**2).sum(1).mean())
+    if spread < 0.0016 * size * min(np.ptp(t), 16):  # a third of the slowest straight motion
+        return "still"
+    velocity = t @ path / (t @ t)
+    if np.sqrt(((path - t[:, None] * velocity) ** 2).sum(1).mean()) < 0.5 * spread:
+        minor, major = sorted(abs(velocity))
+        if minor > 0.6 * major:
+            return None
+        x, y = velocity
+        return ("left" if x < 0 else "right") if abs(x) == major else ("up" if y < 0 else "down")
+    # Least-squares circle (Kasa 1976): x^2 + y^2 = 2 a x + 2 b y + c.
+    a, b, _ = np.linalg.lstsq(np.column_stack([2 * path, np.ones(len(t))]), (path**2).sum(1), rcond=None)[0]
+    spokes = path - [a, b]
+    length, turned = np.hypot(*spokes.T), np.diff(np.unwrap(np.arctan2(spokes[:, 1], spokes[:, 0])))
+    round_enough = length.std() < 0.3 * length.mean()
+    one_way = abs(turned.sum()) > max(math.pi, 0.8 * abs(turned).sum())
+    return "circling" if round_enough and one_way else None
+
+
+def _camera(
+    frames: UInt8[np.ndarray, "T H W 3"], centre: Float32[np.ndarray, "T 2"], margin: float
+) -> Float32[np.ndarray, "T 2"]:
+    """Add up the backdrop's frame-to-frame shifts (Lucas & Kanade 1981), leaving out `margin` pixels round the object."""
+    cell, (num_frames, height, width) = 4, frames.shape[:3]  # averaging cells quietens noise
+    rows, columns = height // cell, width // cell
+    cells = frames[:, : rows * cell, : columns * cell].reshape(num_frames, rows, cell, columns, cell * 3)
+    light = cells.mean((2, 4), dtype=np.float32)
+    between, change = (light[1:] + light[:-1]) / 2, light[1:] - light[:-1]
+    slope_y, slope_x = np.gradient(between, cell, axis=(1, 2))
+    at = [(np.arange(n) + 0.5) * cell - 0.5 for n in (columns, rows)]
+    near_x, near_y = (abs(at[axis] - centre[:, axis, None]) < margin + cell for axis in (0, 1))
+    clear = ~(near_x[:, None] & near_y[:, :, None])
+    weight = (clear[1:] & clear[:-1]).astype(np.float32)
+    slope = np.stack([slope_x, slope_y], -1).reshape(num_frames - 1, -1, 2)
+    weighted = (slope * weight.reshape(num_frames - 1, -1, 1)).swapaxes(1, 2)
+    steadied = weighted @ slope + np.eye(2, dtype=np.float32)  # a flat backdrop tells nothing: then the camera is still
+    shift = np.linalg.solve(steadied, weighted @ change.reshape(num_frames - 1, -1, 1))[..., 0]
+    return np.vstack([np.zeros((1, 2), np.float32), shift.cumsum(0)]).astype(np.float32)
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Signed distance to the outline of a shape whose centroid is at the origin, negative inside."""
+    match shape:
+        case "disc":
+            return np.hypot(x, y) - radius
+        case "square":
+            return np.maximum(abs(x), abs(y)) - REACH["square"] * radius
+        case "triangle":  # equilateral, pointing up
+            return np.maximum(y, 0.75**0.5 * abs(x) - 0.5 * y) - REACH["triangle"] / 2 * radius
+        case _:  # ring, with a hole of half the radius
+            return abs(np.hypot(x, y) - 0.8 * radius) - 0.3 * radius
+
+
+def _phrase(phrasing: int, names: Combination) -> str:
+    moving, drifting, moves = WORDS[names.motion]
+    return PHRASINGS[phrasing].format(
+        colour=names.colour, shape=names.shape, moving=moving, drifting=drifting, moves=moves
+    )
+
+
+def _check_names(colour: str, shape: str, motion: str) -> None:
+    for kind, name, known in (("colour", colour, COLOURS), ("shape", shape, SHAPES), ("motion", motion, MOTIONS)):
+        if name not in known:
+            raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}")
+
+
+def _pick(rng: np.random.Generator, names: Sequence[str]) -> str:
+    return names[rng.integers(len(names))]
+
+
+def _pair(xy: np.ndarray) -> tuple[float, float]:
+    return float(xy[0]), float(xy[1])
+
+
+def _standardised(image: np.ndarray) -> np.ndarray:
+    """Zero mean and unit norm, so that a dot product is a correlation."""
+    centred = image - image.mean()
+    return (centred / max(float(np.linalg.norm(centred)), 1e-6)).astype(np.float32)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,88 @@
+"""The four doors by which anything that is not the clip reaches the network.
+
+    context    tokens to attend to             text, reference images, identity
+    vector     added to the time embedding     pooled text, fps, class
+    channels   beside the latents              masks, reference latents, depth
+    residual   added to the tokens             pose, trajectory, control branches
+
+Encoders return a `Condition`; conditions add. The network never learns what a door was used for.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reelflow.errors import ConfigError
+
+__all__ = ["Condition"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a batch of clips is conditioned on; every part is optional.
+
+    `label` is a class index for the model's own table (its vector door); `context_mask` is True at real tokens.
+    """
+
+    context: Float[Tensor, "B L F"] | None = None
+    context_mask: Bool[Tensor, "B L"] | None = None
+    vector: Float[Tensor, "B V"] | None = None
+    label: Int[Tensor, " B"] | None = None
+    channels: Float[Tensor, "B C T H W"] | None = None
+    residual: Float[Tensor, "B N D"] | None = None
+
+    def __add__(self, other: "Condition") -> "Condition":
+        """Use both: contexts and channels side by side, vectors and residuals summed.
+
+        Raises:
+            ConfigError: both name a class label.
+        """
+        if self.label is not None and other.label is not None:
+            raise ConfigError("two conditions name a class label; keep one")
+        return Condition(
+            context=_join(self.context, other.context, dim=1),
+            context_mask=_join(self._mask(), other._mask(), dim=1),
+            vector=_sum(self.vector, other.vector),
+            label=self.label if other.label is None else other.label,
+            channels=_join(self.channels, other.channels, dim=1),
+            residual=_sum(self.residual, other.residual),
+        )
+
+    def _mask(self) -> Tensor | None:
+        if self.context is None or self.context_mask is not None:
+            return self.context_mask
+        return torch.ones(self.context.shape[:2], dtype=torch.bool, device=self.context.device)
+
+    def where(self, keep: Bool[Tensor, " B"], other: "Condition") -> "Condition":
+        """Take each sample from `self` where `keep`, from `other` (a null condition, say) elsewhere.
+
+        Raises:
+            ConfigError: one of the two lacks a part that the other has.
+        """
+        parts = {}
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if (mine is None) != (theirs is None):
+                raise ConfigError(f"cannot choose between conditions: only one of them has {field.name}")
+            if mine is not None:
+                parts[field.name] = torch.where(keep.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+        return replace(self, **parts)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
+        """Move every part; floating ones also take `dtype`."""
+        moved = {}
+        for field in fields(self):
+            part = getattr(self, field.name)
+            if part is not None:
+                moved[field.name] = part.to(device, dtype if part.is_floating_point() else None)
+        return replace(self, **moved)
+
+
+def _join(a: Tensor | None, b: Tensor | None, *, dim: int) -> Tensor | None:
+    return b if a is None else a if b is None else torch.cat([a, b], dim=dim)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

