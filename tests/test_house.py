@@ -24,7 +24,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 GROUND = {"torch", "einops", "jaxtyping"}
 BRANDS = re.compile(
-    r"hunyuan|(?<![a-z])wan(?![a-z])|wan2|mochi|cogvideo|(?<![a-z])ltx|latte|opensora|open_sora|(?<![a-z])sd3|stable_?diffusion|"
+    r"hunyuan|(?<![a-z])wan(?![a-z])|wan2|mochi|cogvideo|(?<![a-z])ltx|(?<![a-z])latte(?![a-z])|opensora|open_sora|(?<![a-z])sd3|stable_?diffusion|"
     r"movie_?gen|cosmos|animate_?diff|svd(?![a-z])|sora(?![a-z])",
     re.IGNORECASE,
 )

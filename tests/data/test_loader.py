@@ -81,7 +81,6 @@ def test_prefetching_is_bounded():
     with ShuffledBatches(9, 2, collate, seed=0, prefetch=2) as batches:
         next(batches)
         assert ready.wait(5)
-        assert threading.active_count() >= 2
     assert len(built) == 3
 
 

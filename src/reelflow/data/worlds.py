@@ -12,13 +12,12 @@ import itertools
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Bool, Complex64, Float, Float32, UInt8
 
 from reelflow.config import configuration, to_dict
 from reelflow.data.video import write_video
@@ -175,7 +174,9 @@ class World:
         Raises:
             ConfigError: a name is unknown; the nearest is offered.
         """
-        colour, shape, motion = colour or _pick(rng, COLOURS), shape or _pick(rng, SHAPES), motion or _pick(rng, MOTIONS)
+        drawn = COMBINATIONS[rng.integers(len(COMBINATIONS))]
+        given = {"colour": colour, "shape": shape, "motion": motion}
+        colour, shape, motion = drawn._replace(**{k: v for k, v in given.items() if v is not None})
         _check_names(colour, shape, motion)
         steps = self.num_frames - 1
         radius = rng.uniform(0.17, 0.22) * self.size
@@ -243,12 +244,12 @@ class World:
         """Sum a few long, muted plane waves: an endless texture, exact at any sub-pixel camera position."""
         rng, num_waves = np.random.default_rng(scene.backdrop), 8
         base = rng.uniform(80, 170) + rng.uniform(-16, 16, 3)
-        cycles, heading = rng.uniform(0.3, 1.8, num_waves), rng.uniform(0, 2 * math.pi, num_waves)
-        phase = rng.uniform(0, 2 * math.pi, num_waves)
+        cycles, phase = rng.uniform(0.4, 1.8, num_waves), rng.uniform(0, 2 * math.pi, num_waves)
+        heading = (np.arange(num_waves) + rng.uniform(size=num_waves)) * math.pi / num_waves  # spread over all angles
         tint = (1 + rng.uniform(-0.35, 0.35, (num_waves, 3))) / cycles[:, None]
         tint *= 64 * self.contrast / np.sqrt((tint**2).mean(1).sum() / 2)  # levels, root mean square
 
-        # cos(kx x + ky y + phase) is the real part of a row factor times a column factor, so the sum is a matrix product.
+        # cos(kx x + ky y + phase) is the real part of a row factor times a column factor: the sum is a matrix product.
         wave = 2j * math.pi * cycles / self.size
         across = np.exp(wave * np.cos(heading) * (np.arange(self.width)[:, None] + pan[:, None, :1]))  # P W waves
         down = np.exp(wave * np.sin(heading) * (np.arange(self.height)[:, None] + pan[:, None, 1:]) + 1j * phase)
@@ -275,23 +276,22 @@ def prompt(colour: str, shape: str, motion: str) -> str:
 def split_combinations(
     *, held_out_fraction: float = 0.11, seed: int
 ) -> tuple[tuple[Combination, ...], tuple[Combination, ...]]:
-    """Return (train, held out) combinations; every pair of names that is held out together still occurs in train.
+    """Return (train, held out) combinations, such that each name is held out equally often, give or take one.
 
-    Greedy: the next one held out is the one whose names, then pairs of names, have been held out least.
+    The held-out ones walk the diagonals of the colour x motion table, so every pair of names still occurs in train.
 
     Raises:
-        ConfigError: the fraction is not between 0 and 0.5.
+        ConfigError: the fraction is not between 0 and 0.25 (one shape for each cell of the table).
     """
-    if not 0 <= held_out_fraction <= 0.5:
-        raise ConfigError(f"held_out_fraction must be between 0 and 0.5, got {held_out_fraction}")
-    rng, used, held_out = np.random.default_rng(seed), Counter[tuple[str, ...]](), list[Combination]()
-    remaining = [COMBINATIONS[i] for i in rng.permutation(len(COMBINATIONS))]
-    for _ in range(round(held_out_fraction * len(COMBINATIONS))):
-        chosen = min(remaining, key=lambda c: [max(used[p] for p in itertools.combinations(c, n)) for n in (2, 1)])
-        remaining.remove(chosen)
-        held_out.append(chosen)
-        used.update(part for n in (1, 2) for part in itertools.combinations(chosen, n))
-    return tuple(c for c in COMBINATIONS if c in remaining), tuple(c for c in COMBINATIONS if c in held_out)
+    if not 0 <= held_out_fraction <= 0.25:
+        raise ConfigError(f"held_out_fraction must be between 0 and 0.25, got {held_out_fraction}")
+    rng = np.random.default_rng(seed)
+    colours, shapes, motions = ([names[i] for i in rng.permutation(len(names))] for names in (COLOURS, SHAPES, MOTIONS))
+    held_out = {
+        Combination(colours[k % 6], shapes[(k + k // 12) % 4], motions[(k + k // 6) % 6])
+        for k in range(round(held_out_fraction * len(COMBINATIONS)))
+    }
+    return tuple(c for c in COMBINATIONS if c not in held_out), tuple(c for c in COMBINATIONS if c in held_out)
 
 
 def render_world(
@@ -313,7 +313,9 @@ def render_world(
         DataError: the folder already holds something.
     """
     if num_clips < 1 or not combinations:
-        raise ConfigError(f"nothing to render: {num_clips} clips of {len(combinations)} combinations; both must be >= 1")
+        raise ConfigError(
+            f"nothing to render: {num_clips} clips of {len(combinations)} combinations; both must be >= 1"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} is not an empty folder; give a new one, or remove it first")
     folder.mkdir(parents=True, exist_ok=True)
@@ -322,9 +324,7 @@ def render_world(
     for index in range(num_clips):
         round_number, turn = divmod(index, len(combinations))
         order = np.random.default_rng([seed, 0, round_number]).permutation(len(combinations))
-        scene = world.draw_scene(
-            np.random.default_rng([seed, 1, index]), **combinations[order[turn]]._asdict()
-        )
+        scene = world.draw_scene(np.random.default_rng([seed, 1, index]), **combinations[order[turn]]._asdict())
         clip, name = world.render(scene), f"{index:05d}"
         write_video(folder / f"{name}.mp4", clip.frames, fps=world.fps)
         _write_text(folder / f"{name}.txt", clip.caption + "\n")
@@ -345,7 +345,8 @@ def render_world(
 
 # --- reading a clip back ---------------------------------------------------------------------------------------------
 
-OPPONENT = np.array([[1, -0.5, -0.5], [0, 0.75**0.5, -(0.75**0.5)]], np.float32).T  # RGB -> a plane without lightness
+# R + w G + w^2 B, with w a cube root of one: a plane without lightness, where the angle is hue and the length chroma.
+OPPONENT = np.array([[1, 0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,36 +364,39 @@ class Reading:
 def analyse(frames: UInt8[np.ndarray, "T H W 3"]) -> Reading:
     """Read any clip back with no learned network, robust to blur, noise, compression and shifted colours.
 
-    The backdrop is muted and the object is not, so the plane without lightness separates them: the hue that most of
-    the colourful pixels share is the object's, and the distance to it is a soft mask. The mask's centroid gives the
+    The backdrop is muted and the object is not, so a plane without lightness separates them: the hue that most of the
+    colourful pixels share is the object's, and the distance to it gives a soft mask. The mask's centroid tells the
     motion; the mask averaged around its centroid over all frames is compared with blurred templates of each shape.
-    """
-    (num_frames, height, width), size = frames.shape[:3], min(frames.shape[1:3])
-    chroma = frames.reshape(-1, 3).astype(np.float32) @ OPPONENT
-    chroma = chroma.reshape(num_frames, height, width, 2)
-    nowhere = np.full((num_frames, 2), np.nan, np.float32)
 
+    Raises:
+        ConfigError: the clip has no frames, or is smaller than 8 x 8.
+    """
+    num_frames, height, width, _ = frames.shape
+    size = min(height, width)
+    if num_frames < 1 or size < 8:
+        raise ConfigError(f"a clip to analyse needs a frame of at least 8 x 8, got {num_frames} of {height} x {width}")
+    chroma = _chroma(frames)
     colour, backdrop, paint = _dominant_colour(chroma)
     if colour is None:
-        return Reading(None, None, None, nowhere, _camera(frames, nowhere, 0.0), 0.0)
-
-    away = np.sqrt(((chroma - paint) ** 2).sum(-1))
-    mask = np.maximum(1 - away / math.dist(paint, backdrop), 0)
-    mask[mask < 0.3] = 0  # texture and noise
-    area = mask.sum((1, 2))
+        return _unread(frames)
+    mask = 1 - abs(chroma - paint) / abs(backdrop - paint)
+    mask *= mask > 0.3  # leaves texture and noise behind
+    area, centroid = _centroid(mask)
     typical = float(np.median(area))
     if not 0.02 * size**2 < typical < 0.4 * size**2:
-        return Reading(None, None, None, nowhere, _camera(frames, nowhere, 0.0), 0.0)
+        return _unread(frames)
+    radius = math.sqrt(typical / math.pi)
+    mask *= _near(centroid, 2 * radius, np.arange(height), np.arange(width))  # and stray specks
+    area, centroid = _centroid(mask)
 
     seen = area > 0.3 * typical
-    centroid = np.stack([mask.sum(1) @ np.arange(width), mask.sum(2) @ np.arange(height)], 1) / np.maximum(area, 1)[:, None]
-    trajectory = np.where(seen[:, None], centroid, np.nan).astype(np.float32)
-    radius = math.sqrt(typical / math.pi)
+    if not seen.any():
+        return _unread(frames)
+    trajectory = np.where(seen[:, None], centroid, np.float32(np.nan))
     shape, likeness = _shape(mask[seen], trajectory[seen], radius)
     motion = _motion(np.flatnonzero(seen), trajectory[seen], size) if seen.mean() > 0.7 else None
-    return Reading(
-        colour, shape, motion, trajectory, _camera(frames, trajectory, 2 * radius), float(seen.mean()) * max(likeness, 0.0)
-    )
+    camera = _camera(frames, trajectory, 1.6 * radius)
+    return Reading(colour, shape, motion, trajectory, camera, float(np.clip(seen.mean() * likeness, 0, 1)))
 
 
 def score_clip(frames: UInt8[np.ndarray, "T H W 3"], colour: str, shape: str, motion: str) -> dict[str, bool]:
@@ -407,33 +411,57 @@ def score_clip(frames: UInt8[np.ndarray, "T H W 3"], colour: str, shape: str, mo
     return right | {"all": all(right.values())}
 
 
-def _dominant_colour(
-    chroma: Float32[np.ndarray, "T H W 2"],
-) -> tuple[str | None, Float32[np.ndarray, "2"], Float32[np.ndarray, "2"]]:
-    """Name the hue of what stands out, with the chroma of the backdrop and of the object; None if nothing stands out."""
-    _, height, width, _ = chroma.shape
-    sample = chroma[:, ::2, ::2].reshape(-1, 2)
-    backdrop = np.median(sample, axis=0)
-    contrast = np.hypot(*(sample - backdrop).T)
+def _unread(frames: UInt8[np.ndarray, "T H W 3"]) -> Reading:
+    nowhere = np.full((len(frames), 2), np.nan, np.float32)
+    return Reading(None, None, None, nowhere, _camera(frames, nowhere, 0.0), 0.0)
+
+
+def _chroma(rgb: np.ndarray) -> np.ndarray:
+    """Turn R G B (the last axis) into one complex number, chroma x exp(i hue)."""
+    plane = rgb.reshape(-1, 3).astype(np.float32) @ OPPONENT
+    return plane.view(np.complex64).reshape(rgb.shape[:-1])
+
+
+def _dominant_colour(chroma: Complex64[np.ndarray, "T H W"]) -> tuple[str | None, complex, complex]:
+    """Name the hue of what stands out (None if nothing does), with the chroma of the backdrop and of the object."""
+    _, height, width = chroma.shape
+    sample = chroma[:, ::2, ::2].ravel()
+    backdrop = complex(np.median(sample.real), np.median(sample.imag))
+    contrast = abs(sample - backdrop)
     smallest = 0.04 * min(height, width) / max(height, width)  # well inside the smallest object's share of the view
     peak = np.quantile(contrast, 1 - smallest)
     vivid = sample[contrast > 0.7 * peak]
-    hues = np.array(list(PAINT.values()), np.float32) @ OPPONENT
-    nearest_hue = (vivid @ (hues / np.linalg.norm(hues, axis=1, keepdims=True)).T).argmax(1)
-    votes = np.bincount(nearest_hue, np.hypot(*vivid.T), minlength=len(COLOURS))
+    hues = _chroma(np.array(list(PAINT.values())))
+    closest = (vivid[:, None] * (hues / abs(hues)).conj()).real.argmax(1)
+    votes = np.bincount(closest, abs(vivid), minlength=len(COLOURS))
     best = int(votes.argmax())
     if peak < 40 or votes[best] < 0.6 * votes.sum():
         return None, backdrop, backdrop
-    return COLOURS[best], backdrop, np.median(vivid[nearest_hue == best], axis=0)
+    paint = vivid[closest == best]
+    return COLOURS[best], backdrop, complex(np.median(paint.real), np.median(paint.imag))
+
+
+def _centroid(mask: Float32[np.ndarray, "T H W"]) -> tuple[Float32[np.ndarray, "T"], Float32[np.ndarray, "T 2"]]:
+    """Measure each frame's area (pixels) and centroid (x, y)."""
+    columns, rows = mask.sum(1), mask.sum(2)
+    area = rows.sum(1)
+    moments = np.stack([columns @ np.arange(columns.shape[1]), rows @ np.arange(rows.shape[1])], 1)
+    return area, (moments / np.maximum(area, 1)[:, None]).astype(np.float32)
+
+
+def _near(centre: Float32[np.ndarray, "T 2"], reach: float, y: np.ndarray, x: np.ndarray) -> Bool[np.ndarray, "T H W"]:
+    """Mark the square around each frame's centre, on a grid of rows y and columns x; nothing where it is NaN."""
+    return (abs(x - centre[:, :1]) < reach)[:, None, :] & (abs(y - centre[:, 1:]) < reach)[:, :, None]
 
 
 def _shape(
     mask: Float32[np.ndarray, "T H W"], centre: Float32[np.ndarray, "T 2"], radius: float
 ) -> tuple[str | None, float]:
     """Correlate the mask, averaged around its centroid at a common scale, with each shape's templates."""
-    grid = _template_grid() * radius
-    across = np.maximum(1 - abs(np.arange(mask.shape[2]) - centre[:, :1, None] - grid[:, None]), 0)  # T grid W, bilinear
-    down = np.maximum(1 - abs(np.arange(mask.shape[1]) - centre[:, 1:, None] - grid[:, None]), 0)
+    grid = _template_grid()[:, None] * radius
+    x, y = centre[:, 0, None, None], centre[:, 1, None, None]
+    across = np.maximum(1 - abs(np.arange(mask.shape[2]) - x - grid), 0)  # T grid W: bilinear weights
+    down = np.maximum(1 - abs(np.arange(mask.shape[1]) - y - grid), 0)
     outline = _standardised((down @ mask @ across.swapaxes(1, 2)).mean(0))
     likeness = (_templates() @ outline.ravel()).max(1)
     best = int(likeness.argmax())
@@ -461,7 +489,7 @@ def _templates() -> Float32[np.ndarray, "shapes variants pixels"]:
 
 
 def _motion(t: np.ndarray, path: Float32[np.ndarray, "T 2"], size: int) -> str | None:
-    """Name the motion of a path: hardly any spread is still, a line along an axis a direction, one way round circling."""
+    """Name a motion: hardly any spread is still, a line along an axis is a direction, one way round is circling."""
     if len(t) < 5:
         return None
     t, path = t - t.mean(), path - path.mean(0)
@@ -487,21 +515,19 @@ def _motion(t: np.ndarray, path: Float32[np.ndarray, "T 2"], size: int) -> str |
 def _camera(
     frames: UInt8[np.ndarray, "T H W 3"], centre: Float32[np.ndarray, "T 2"], margin: float
 ) -> Float32[np.ndarray, "T 2"]:
-    """Add up the backdrop's frame-to-frame shifts (Lucas & Kanade 1981), leaving out `margin` pixels round the object."""
+    """Add up the backdrop's frame-to-frame shifts (Lucas & Kanade 1981), `margin` pixels away from the object."""
     cell, (num_frames, height, width) = 4, frames.shape[:3]  # averaging cells quietens noise
     rows, columns = height // cell, width // cell
-    cells = frames[:, : rows * cell, : columns * cell].reshape(num_frames, rows, cell, columns, cell * 3)
-    light = cells.mean((2, 4), dtype=np.float32)
+    cells = frames[:, : rows * cell, : columns * cell].reshape(num_frames, rows, cell, columns * cell * 3)
+    light = cells.sum(2, dtype=np.float32).reshape(num_frames, rows, columns, cell * 3).mean(3) / cell
     between, change = (light[1:] + light[:-1]) / 2, light[1:] - light[:-1]
     slope_y, slope_x = np.gradient(between, cell, axis=(1, 2))
-    at = [(np.arange(n) + 0.5) * cell - 0.5 for n in (columns, rows)]
-    near_x, near_y = (abs(at[axis] - centre[:, axis, None]) < margin + cell for axis in (0, 1))
-    clear = ~(near_x[:, None] & near_y[:, :, None])
-    weight = (clear[1:] & clear[:-1]).astype(np.float32)
-    slope = np.stack([slope_x, slope_y], -1).reshape(num_frames - 1, -1, 2)
-    weighted = (slope * weight.reshape(num_frames - 1, -1, 1)).swapaxes(1, 2)
-    steadied = weighted @ slope + np.eye(2, dtype=np.float32)  # a flat backdrop tells nothing: then the camera is still
-    shift = np.linalg.solve(steadied, weighted @ change.reshape(num_frames - 1, -1, 1))[..., 0]
+    y, x = ((np.arange(n) + 0.5) * cell - 0.5 for n in (rows, columns))
+    near = _near(centre, margin + cell, y, x)
+    clear = ~(near[1:] | near[:-1])
+    slope = (np.stack([slope_x, slope_y], -1) * clear[..., None]).reshape(-1, rows * columns, 2)
+    squares = slope.swapaxes(1, 2) @ slope + np.eye(2, dtype=np.float32)  # a flat backdrop tells nothing: no movement
+    shift = np.linalg.solve(squares, slope.swapaxes(1, 2) @ change.reshape(-1, rows * columns, 1))[..., 0]
     return np.vstack([np.zeros((1, 2), np.float32), shift.cumsum(0)]).astype(np.float32)
 
 
@@ -532,10 +558,6 @@ def _check_names(colour: str, shape: str, motion: str) -> None:
     for kind, name, known in (("colour", colour, COLOURS), ("shape", shape, SHAPES), ("motion", motion, MOTIONS)):
         if name not in known:
             raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, known)}")
-
-
-def _pick(rng: np.random.Generator, names: Sequence[str]) -> str:
-    return names[rng.integers(len(names))]
 
 
 def _pair(xy: np.ndarray) -> tuple[float, float]:

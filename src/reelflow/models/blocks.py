@@ -71,7 +71,7 @@ class Projection(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.norm_q, self.norm_k = HeadNorm(dim // num_heads), HeadNorm(dim // num_heads)
+        self.norm_q, self.norm_k = (HeadNorm(dim // num_heads, eps=1e-6) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))

@@ -59,6 +59,8 @@ class VAEConfig:
     encoder: tuple[Stage, ...]
     decoder: tuple[Stage, ...]
     patch: int = 1  # side of the pixel square folded into channels before the first stage
+    conv: Literal["full", "factorised"] = "full"  # 3 x 3 x 3 twice a block, or 1 x 3 x 3 then 3 x 1 x 1
+    resample_kernel: Literal[1, 3] = 3
     mid_attention: Literal["none", "frame"] = "none"
     time_padding: TimePadding = "first"
 
@@ -137,12 +139,13 @@ class EncoderState(NamedTuple):
 class ResBlock(nn.Module):
     """norm, SiLU, conv, twice, on top of the input (or its 1 x 1 projection when the width changes)."""
 
-    def __init__(self, in_channels: int, channels: int, time_padding: TimePadding) -> None:
+    def __init__(self, in_channels: int, channels: int, config: VAEConfig) -> None:
         super().__init__()
+        first, second = ((3, 3), (3, 3)) if config.conv == "full" else ((1, 3), (3, 1))
         self.norm1 = ChannelRMSNorm(in_channels, eps=1e-6)
-        self.conv1 = CausalConv3d(in_channels, channels, (3, 3), time_padding=time_padding)
+        self.conv1 = CausalConv3d(in_channels, channels, first, time_padding=config.time_padding)
         self.norm2 = ChannelRMSNorm(channels, eps=1e-6)
-        self.conv2 = CausalConv3d(channels, channels, (3, 3), time_padding=time_padding)
+        self.conv2 = CausalConv3d(channels, channels, second, time_padding=config.time_padding)
         nn.init.zeros_(self.conv2.conv.weight)
         self.shortcut = nn.Conv3d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
@@ -267,15 +270,16 @@ class Pointwise(nn.Module):
 
 
 def _encoder_layers(config: VAEConfig) -> Iterator[nn.Module]:
-    pad, stages = config.time_padding, config.encoder
+    pad, kernel, stages = config.time_padding, config.resample_kernel, config.encoder
     yield CausalConv3d(3 * config.patch**2, stages[0].channels, (3, 3), time_padding=pad)
     for stage, after in zip(stages, stages[1:] + stages[-1:], strict=True):
         for _ in range(stage.num_blocks):
-            yield ResBlock(stage.channels, stage.channels, pad)
+            yield ResBlock(stage.channels, stage.channels, config)
         if stage.space * stage.time > 1:
-            yield DownShuffle(stage.channels, after.channels, space=stage.space, time=stage.time, time_padding=pad)
+            factors = {"space": stage.space, "time": stage.time}
+            yield DownShuffle(stage.channels, after.channels, **factors, kernel=kernel, time_padding=pad)
         elif after.channels != stage.channels:
-            yield ResBlock(stage.channels, after.channels, pad)
+            yield ResBlock(stage.channels, after.channels, config)
     if config.mid_attention == "frame":
         yield FrameAttention(stages[-1].channels)
     yield Pointwise(stages[-1].channels)
@@ -283,16 +287,17 @@ def _encoder_layers(config: VAEConfig) -> Iterator[nn.Module]:
 
 
 def _decoder_layers(config: VAEConfig) -> Iterator[nn.Module]:
-    pad, stages = config.time_padding, config.decoder
+    pad, kernel, stages = config.time_padding, config.resample_kernel, config.decoder
     yield CausalConv3d(config.latent_channels, stages[0].channels, (3, 3), time_padding=pad)
     if config.mid_attention == "frame":
         yield FrameAttention(stages[0].channels)
     for before, stage in zip(stages[:1] + stages[:-1], stages, strict=True):
         if stage.space * stage.time > 1:
-            yield UpShuffle(before.channels, stage.channels, space=stage.space, time=stage.time, time_padding=pad)
+            factors = {"space": stage.space, "time": stage.time}
+            yield UpShuffle(before.channels, stage.channels, **factors, kernel=kernel, time_padding=pad)
         elif before.channels != stage.channels:
-            yield ResBlock(before.channels, stage.channels, pad)
+            yield ResBlock(before.channels, stage.channels, config)
         for _ in range(stage.num_blocks):
-            yield ResBlock(stage.channels, stage.channels, pad)
+            yield ResBlock(stage.channels, stage.channels, config)
     yield Pointwise(stages[-1].channels)
     yield CausalConv3d(stages[-1].channels, 3 * config.patch**2, (3, 3), time_padding=pad)

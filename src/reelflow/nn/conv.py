@@ -84,12 +84,19 @@ class DownShuffle(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, space: int, time: int, time_padding: TimePadding = "first"
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        space: int,
+        time: int,
+        kernel: int = 3,
+        time_padding: TimePadding = "first",
     ) -> None:
         super().__init__()
         cells = space * space * time
         self.space, self.time, self.out_channels = space, time, out_channels
-        self.conv = CausalConv3d(in_channels, out_channels // cells, (3, 3), time_padding=time_padding)
+        self.conv = CausalConv3d(in_channels, out_channels // cells, (kernel, kernel), time_padding=time_padding)
 
     def forward(self, x: Video, state: State) -> tuple[Video, State]:
         y, after = self.conv(x, state[0] if state else state)
@@ -113,12 +120,19 @@ class UpShuffle(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, space: int, time: int, time_padding: TimePadding = "first"
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        space: int,
+        time: int,
+        kernel: int = 3,
+        time_padding: TimePadding = "first",
     ) -> None:
         super().__init__()
         cells = space * space * time
         self.space, self.time, self.copies = space, time, out_channels * cells // in_channels
-        self.conv = CausalConv3d(in_channels, out_channels * cells, (3, 3), time_padding=time_padding)
+        self.conv = CausalConv3d(in_channels, out_channels * cells, (kernel, kernel), time_padding=time_padding)
 
     def forward(self, x: Video, state: State) -> tuple[Video, State]:
         y, after = self.conv(x, state[0] if state else state)

@@ -1,0 +1,1 @@
+"""From what people say or show to the `Condition` that networks read."""

@@ -1,0 +1,1 @@
+"""The one loop that trains every model, and what it needs: optimisers, averages, checkpoints, meters."""
