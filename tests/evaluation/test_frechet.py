@@ -183,7 +183,7 @@ def test_the_distance_grows_with_the_damage(worsen, levels):
     assert distances[0] < 1e-9
     assert all(less < more for less, more in pairwise(distances)), distances
     fresh = frechet_between([clips], [moving_blobs(64, seed=1)], PYRAMID, frame_stride=1).value
-    assert fresh < distances[-1]
+    assert 0 < fresh < distances[1]  # another sample of the same films is nearer than the least damage
 
 
 def test_the_pyramid_tells_a_film_from_the_same_film_played_backwards():
@@ -244,7 +244,7 @@ def test_frames_are_taken_at_the_stride_and_resized_to_the_extractor():
             seen.append(clips)
             return clips.mean(dim=(1, 2, 3, 4))[:, None]
 
-    values = torch.linspace(-1, 1, 6).view(1, 1, 6, 1, 1).expand(2, 3, 6, 8, 12)
+    values = torch.linspace(-1, 1, 12).view(2, 1, 6, 1, 1).expand(2, 3, 6, 8, 12)  # every frame its own grey
     result = frechet_between([values], [values], Spy(), frame_stride=2)
     assert isinstance(result, FrechetResult)
     torch.testing.assert_close(seen[0], values[:, :, (0, 2, 4), :4, :4])
@@ -258,7 +258,7 @@ def test_short_clips_bad_strides_and_too_few_clips_are_refused():
         frechet_between([clips], [clips], PYRAMID, frame_stride=0)
     with pytest.raises(ConfigError, match="at least 2 feature vectors, got 0"):
         frechet_between([clips], [], PYRAMID, frame_stride=1)
-    with pytest.raises(ConfigError, match=r"expected clips of \(8, 32, 32\)"):
+    with pytest.raises(ConfigError, match=r"expected clips of \(8, 16, 16\)"):
         PYRAMID(clips[:, :, :4])
     with pytest.raises(ConfigError, match="3 frames of 16 x 16 or more"):
         PixelPyramid(num_frames=2)

@@ -1,9 +1,9 @@
 """A rollout is a matrix of times, steps x latent frames: which frame is how noisy when.
 
-    plain            image or past given        (rows: steps, columns: frames)
-    0.0 0.0 0.0      1.0 0.0 0.0
-    0.5 0.5 0.5      1.0 0.5 0.5
-    1.0 1.0 1.0      1.0 1.0 1.0
+plain            image or past given        (rows: steps, columns: frames)
+0.0 0.0 0.0      1.0 0.0 0.0
+0.5 0.5 0.5      1.0 0.5 0.5
+1.0 1.0 1.0      1.0 1.0 1.0
 """
 
 from jaxtyping import Float

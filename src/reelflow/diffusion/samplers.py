@@ -7,7 +7,6 @@ all ones is given, and never changes (see `rollout.py`).
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,6 +56,8 @@ def _steps(x: Latents, times: Times) -> Iterator[tuple[Tensor, Tensor]]:
     if times.shape[0] < 2 or bool((times.diff(dim=0) < 0).any()) or bool((times < 0).any() or (times > 1).any()):
         raise ConfigError("times must be at least two and rise within [0, 1]; make them with inference_times")
     if times.ndim == 2 and times.shape[1] != x.shape[2]:
-        raise ConfigError(f"times has {times.shape[1]} columns but x has {x.shape[2]} latent frames; give one per frame")
+        raise ConfigError(
+            f"times has {times.shape[1]} columns but x has {x.shape[2]} latent frames; give one per frame"
+        )
     for t, t_next in pairwise(times.to(x.device)):
         yield t.expand(x.shape[0], *t.shape), t_next.expand(x.shape[0], *t.shape)

@@ -43,7 +43,9 @@ def draw_logit_normal(
     return shift_times(torch.sigmoid(mean + std * normal), shift)
 
 
-def inference_times(num_steps: int, *, shift: float = 1.0, device: torch.device | str = "cpu") -> Float[Tensor, " steps+1"]:
+def inference_times(
+    num_steps: int, *, shift: float = 1.0, device: torch.device | str = "cpu"
+) -> Float[Tensor, " steps+1"]:
     """Return num_steps + 1 times from 0 (noise) to 1 (data), evenly spaced and then shifted.
 
     Raises:

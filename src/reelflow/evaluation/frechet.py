@@ -1,6 +1,6 @@
 """How far two sets of clips are apart, as the Frechet distance between Gaussians fitted to features of them.
 
-    |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))        (Dowson & Landau 1982, eq. 4)
+    |mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2))        (Dowson & Landau 1982)
 
 The number means nothing without the features, the counts, the frames and the resizing, so a result carries them all.
 FVD is this distance over I3D's features (Unterthiner et al. 2018); over any other features it is not FVD, and nothing
@@ -44,7 +44,7 @@ class Extractor(Protocol):
 class FeatureStatistics:
     """Count, mean and covariance of feature vectors that come in batches, in float64.
 
-    Batches are merged by their means and scatters (Chan, Golub & LeVeque 1983, eq. 2.1), so that a large common offset
+    Batches are merged by their means and scatters (Chan, Golub & LeVeque 1983), so that a large common offset
     costs no digits, and parts gathered in different places can be put together.
     """
 

@@ -21,7 +21,7 @@ Other = Shaped[Tensor, "..."]  # should match the clip beside it; a mismatch is 
 
 PEAK = 2.0  # from -1 to 1
 ROUNDING = 2 / 255  # how far outside [-1, 1] a value may lie: one step of 8 bits
-WINDOW, WINDOW_SIGMA = 11, 1.5  # Wang et al. 2004, sec. III-B
+WINDOW, WINDOW_SIGMA = 11, 1.5  # Wang et al. 2004, sec. III-C
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 

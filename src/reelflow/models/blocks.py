@@ -155,7 +155,9 @@ class SingleBlock(nn.Module):
         return torch.cat([context.expand(-1, s.context.shape[1], -1), spread(video, s.video.shape[1])], dim=1)
 
 
-def build_block(spec: Layer, dim: int, num_heads: int, vector_dim: int, activation: Activation) -> DualBlock | SingleBlock:
+def build_block(
+    spec: Layer, dim: int, num_heads: int, vector_dim: int, activation: Activation
+) -> DualBlock | SingleBlock:
     """Return the module of a layer's specification."""
     if isinstance(spec, Dual):
         return DualBlock(spec, dim, num_heads, vector_dim, activation)

@@ -52,7 +52,9 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.dim < 1 or self.num_heads < 1 or self.dim % self.num_heads:
             near = max(1, round(self.dim / max(1, self.num_heads))) * max(1, self.num_heads)
-            raise ConfigError(f"dim must be a multiple of num_heads ({self.num_heads}), got {self.dim}; nearest: {near}")
+            raise ConfigError(
+                f"dim must be a multiple of num_heads ({self.num_heads}), got {self.dim}; nearest: {near}"
+            )
         check_axes(self.rope, self.dim // self.num_heads)
 
 
@@ -81,7 +83,7 @@ class VideoDiT(nn.Module):
         self,
         latents: Float[Tensor, "B C T H W"],
         t: Float[Tensor, "B"] | Float[Tensor, "B groups"],
-        condition: Condition = Condition(),  # noqa: B008 (frozen)
+        condition: Condition = Condition(),
     ) -> Float[Tensor, "B C T H W"]:
         """Predict from noisy latents at time t in [0, 1] (0 is noise, 1 is data).
 
@@ -118,7 +120,9 @@ class VideoDiT(nn.Module):
             raise ConfigError(f"the model reads {self.config.in_channels} latent channels, got {latents.shape[1]}")
         groups = (1, grid.t, grid.num_tokens)
         if t.ndim == 2 and t.shape[1] not in groups:
-            raise ConfigError(f"t takes {groups[0]}, {groups[1]} (frames) or {groups[2]} (tokens) values per clip, got {t.shape[1]}")
+            raise ConfigError(
+                f"t takes {groups[0]}, {groups[1]} (frames) or {groups[2]} (tokens) values per clip, got {t.shape[1]}"
+            )
         extra = 0 if condition.channels is None else condition.channels.shape[1]
         if extra != self.config.extra_channels:
             raise ConfigError(f"the model reads {self.config.extra_channels} channels beside the latents, got {extra}")

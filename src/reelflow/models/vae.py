@@ -70,7 +70,9 @@ class VAEConfig:
         for axis in ("space", "time"):
             down, up = (prod(getattr(s, axis) for s in stages) for stages in (self.encoder, self.decoder))
             if down != up:
-                raise ConfigError(f"encoder divides {axis} by {down} but decoder multiplies it by {up}; make them equal")
+                raise ConfigError(
+                    f"encoder divides {axis} by {down} but decoder multiplies it by {up}; make them equal"
+                )
         for a, b, stage in self._resamplers():
             cells = stage.space**2 * stage.time
             if b % cells or a * cells % b:
@@ -109,7 +111,9 @@ class VAEConfig:
             if extent < 1 or extent % stride:
                 below = extent // stride * stride
                 options = f"{below} or {below + stride}" if below > 0 else f"{stride}"
-                raise ConfigError(f"{name} must be a multiple of {stride} (the VAE's stride), got {extent}; nearest: {options}")
+                raise ConfigError(
+                    f"{name} must be a multiple of {stride} (the VAE's stride), got {extent}; nearest: {options}"
+                )
         return self.latent_channels, 1 + (num_frames - 1) // time, height // stride, width // stride
 
 
@@ -187,10 +191,11 @@ class CausalVAE(nn.Module):
         self.decoder = CausalSequence(_decoder_layers(config))
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        head = self.encoder[-1]
+        assert isinstance(head, CausalConv3d) and head.conv.bias is not None
         with torch.no_grad():  # log-variance starts at -6: louder posterior noise would drown the signal early on
-            head = self.encoder[-1].conv
-            head.weight[config.latent_channels :] *= 0.1
-            head.bias[config.latent_channels :] = -6.0
+            head.conv.weight[config.latent_channels :] *= 0.1
+            head.conv.bias[config.latent_channels :] = -6.0
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def encode(self, clip: Float[Tensor, "B 3 T H W"]) -> Posterior:
@@ -225,7 +230,9 @@ class CausalVAE(nn.Module):
         posterior, layers = self._encode(now, layers)
         return posterior, EncoderState(layers, later if later.shape[2] else None)
 
-    def decode_chunk(self, latents: Float[Tensor, "B C T H W"], state: State = START) -> tuple[Float[Tensor, "B 3 T H W"], State]:
+    def decode_chunk(
+        self, latents: Float[Tensor, "B C T H W"], state: State = START
+    ) -> tuple[Float[Tensor, "B 3 T H W"], State]:
         """Decode the next latents of a stream; returns their frames and the state to pass with the next ones."""
         x = latents * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
         x, state = self.decoder(x.contiguous(memory_format=torch.channels_last_3d), state)

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -40,6 +40,8 @@ def modulate(
     return torch.addcmul(spread(shift, x.shape[1]), x, spread(1 + scale, x.shape[1]))
 
 
-def gated(x: Float[Tensor, "B N D"], gate: Float[Tensor, "B groups D"], branch: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+def gated(
+    x: Float[Tensor, "B N D"], gate: Float[Tensor, "B groups D"], branch: Float[Tensor, "B N D"]
+) -> Float[Tensor, "B N D"]:
     """Return the residual sum x + gate * branch."""
     return torch.addcmul(x, spread(gate, x.shape[1]).to(x.dtype), branch.to(x.dtype))

@@ -41,7 +41,9 @@ def token_grid(shape: tuple[int, int, int], patch: Patch) -> Grid:
         if extent < 1 or extent % size:
             below = extent // size * size
             options = f"{below} or {below + size}" if below else f"{size}"
-            raise ConfigError(f"latent {name} must be a multiple of the patch ({size}), got {extent}; nearest: {options}")
+            raise ConfigError(
+                f"latent {name} must be a multiple of the patch ({size}), got {extent}; nearest: {options}"
+            )
     return Grid(*(extent // size for extent, size in zip(shape, patch, strict=True)))
 
 

@@ -31,13 +31,17 @@ def check_axes(axes: Sequence[int], head_dim: int) -> None:
         )
 
 
-def grid_positions(num_frames: int, height: int, width: int, *, device: torch.device | None = None) -> Float[Tensor, "N 3"]:
+def grid_positions(
+    num_frames: int, height: int, width: int, *, device: torch.device | None = None
+) -> Float[Tensor, "N 3"]:
     """Return the integer (t, h, w) of every token of a grid, in scan order."""
     axes = [torch.arange(n, dtype=torch.float64, device=device) for n in (num_frames, height, width)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
-def rope_table(positions: Float[Tensor, "N axes"], axes: Sequence[int], *, theta: float = 10_000.0) -> Float[Tensor, "N half 2"]:
+def rope_table(
+    positions: Float[Tensor, "N axes"], axes: Sequence[int], *, theta: float = 10_000.0
+) -> Float[Tensor, "N half 2"]:
     """Return (cos, sin) for each token and channel pair, `axes` channels for each axis.
 
     Angles are computed in float64, so that a long clip does not blur its last positions.

@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reelflow.errors import CheckpointError
+from reelflow.models.weights import load_weights, read_tensors
 from reelflow.training.ema import Ema
 
-__all__ = ["Latest", "latest", "load_weights", "prune", "read_state", "restore", "save"]
+__all__ = ["Latest", "latest", "prune", "read_state", "restore", "save"]
 
 WEIGHTS, EMA, OPTIMIZER, RNG = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors")
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -148,42 +149,12 @@ def restore(
             f"{_summary(structure)}; restore the same choice of hidden weights, or start a new run"
         )
     if ema is not None:
-        ema.load_state_dict(_read_tensors(folder / EMA))
-    _load_optimizers(_read_tensors(folder / OPTIMIZER), model, optimizers, folder)
-    _load_generators(_read_tensors(folder / RNG), generators, folder)
+        ema.load_state_dict(read_tensors(folder / EMA))
+    _load_optimizers(read_tensors(folder / OPTIMIZER), model, optimizers, folder)
+    _load_generators(read_tensors(folder / RNG), generators, folder)
 
 
 @torch.no_grad()
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill `model` from a safetensors file; every name and shape must agree, dtypes are converted to the model's.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or of another model (the differing names are listed).
-    """
-    found, expected = _read_tensors(path), model.state_dict()
-    reshaped = [
-        f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (
-            ("missing", [name for name in expected if name not in found]),
-            ("unexpected", [name for name in found if name not in expected]),
-            ("of another shape", reshaped),
-        )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path} is a checkpoint of another model: {'; '.join(problems)}; build {type(model).__name__} from the "
-            f"configuration stored with the weights"
-        )
-    for name, value in expected.items():
-        value.copy_(found[name])
-
-
 # What a run holds, as flat dictionaries of tensors.
 
 
@@ -286,13 +257,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or is not a whole safetensors file: {error}") from error
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -1,0 +1,296 @@
+"""A trained model, ready to make clips: text encoder, transformer and autoencoder in one folder.
+
+    model/model.json           every configuration, and the words the model has read
+    model/vae.safetensors      the causal autoencoder
+    model/dit.safetensors      the transformer (averaged weights)
+
+A clip longer than the model's is made chunk after chunk: the last frames of one chunk are encoded again and given to
+the next (t = 1 there), and each chunk is decoded and handed out before the next begins, so memory does not grow.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reelflow.conditioning.text import HashedWords, words_of
+from reelflow.config import configuration, from_dict, to_dict
+from reelflow.data.folder import ClipSpec
+from reelflow.diffusion.guidance import Velocity, guided
+from reelflow.diffusion.rollout import rollout_given
+from reelflow.diffusion.samplers import euler, heun
+from reelflow.diffusion.timesteps import inference_times
+from reelflow.errors import CheckpointError, ConfigError
+from reelflow.models.condition import Condition
+from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.vae import CausalVAE, VAEConfig
+from reelflow.models.weights import load_weights
+
+__all__ = ["ModelCard", "Pipeline", "Sampling", "to_frames"]
+
+
+@configuration
+class Sampling:
+    """How noise becomes a clip."""
+
+    num_steps: int = 24
+    guidance_scale: float = 3.0  # 1 = off
+    shift: float = 1.0  # > 1 spends more steps near noise
+    sampler: Literal["euler", "heun"] = "euler"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
+        if not self.shift > 0:
+            raise ConfigError(f"shift must be positive, got {self.shift}; 1 means no shift")
+        if not self.guidance_scale >= 0:
+            raise ConfigError(f"guidance_scale must be at least 0, got {self.guidance_scale}; 1 turns guidance off")
+
+
+@configuration
+class ModelCard:
+    """Everything about a model but its weights."""
+
+    vae: VAEConfig
+    dit: DiTConfig
+    text: HashedWords
+    clip: ClipSpec  # what it was trained on
+    sampling: Sampling
+    words: tuple[str, ...] = ()  # of its captions; it knows no others
+
+
+@dataclass
+class Progress:
+    """What a running generation tells and is told: called after each step, asked to stop before each."""
+
+    on_step: Callable[[int, int], None] | None = None  # (evaluated steps, all steps of the clip)
+    should_stop: Callable[[], bool] | None = None
+
+
+class _Stopped(Exception):
+    """Carries the data estimated so far out of a sampler."""
+
+    def __init__(self, estimate: Tensor) -> None:
+        self.estimate = estimate
+
+
+class Pipeline:
+    """Text (and a first frame) to clips.
+
+    >>> pipeline = Pipeline.load(Path("runs/demo"))
+    >>> clip = pipeline.generate(["a red ring moving left"], seed=1)        # B 3 T H W in [-1, 1]
+    """
+
+    def __init__(self, card: ModelCard, vae: CausalVAE, dit: VideoDiT) -> None:
+        self.card, self.vae, self.dit = card, vae.eval(), dit.eval()
+
+    @classmethod
+    def load(cls, folder: Path) -> "Pipeline":
+        """Read a model folder, or a run folder that holds one as `model/`.
+
+        Raises:
+            CheckpointError: there is no model, or its files are torn or do not fit each other.
+        """
+        folder = model_folder(folder)
+        try:
+            card = from_dict(ModelCard, json.loads((folder / "model.json").read_text()))
+        except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
+            raise CheckpointError(f"{folder / 'model.json'} is not a model card this version reads: {error}") from error
+        vae, dit = CausalVAE(card.vae), VideoDiT(card.dit)
+        load_weights(folder / "vae.safetensors", vae)
+        load_weights(folder / "dit.safetensors", dit)
+        return cls(card, vae, dit)
+
+    def save(self, folder: Path) -> None:
+        """Write the model folder, whole or not at all.
+
+        Raises:
+            CheckpointError: `folder` exists already.
+        """
+        if folder.exists():
+            raise CheckpointError(f"{folder} exists already; choose another folder or remove it first")
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, model in (("vae", self.vae), ("dit", self.dit)):
+            tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+            save_file(tensors, partial / f"{name}.safetensors")
+        (partial / "model.json").write_text(json.dumps(to_dict(self.card), indent=1))
+        os.replace(partial, folder)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the model has never read, and therefore cannot follow."""
+        return [word for word in words_of(prompt) if self.card.words and word not in self.card.words]
+
+    def check(self, *, num_frames: int, image: Tensor | None = None) -> None:
+        """Refuse what cannot be generated, before anything is computed.
+
+        Raises:
+            ConfigError: an impossible length, or a picture of another size; names the nearest that works.
+        """
+        clip = self.card.clip
+        self.card.vae.latent_shape(num_frames, clip.height, clip.width)
+        if image is not None and image.shape[-2:] != (clip.height, clip.width):
+            raise ConfigError(
+                f"the first frame must be {clip.height} x {clip.width}, got {image.shape[-2]} x {image.shape[-1]}; "
+                f"resize and crop it first (the command line does)"
+            )
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_frames: int | None = None,
+        image: Float[Tensor, "B 3 H W"] | None = None,
+        seed: int = 0,
+        noise: Float[Tensor, "B C t h w"] | None = None,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+    ) -> Float[Tensor, "B 3 T H W"]:
+        """Make one clip per prompt, in [-1, 1]; clip i draws its noise from seed + i, or `noise` is given.
+
+        Raises:
+            ConfigError: see `check`.
+        """
+        stream = self.stream(
+            prompts, num_frames=num_frames, image=image, seed=seed, noise=noise, sampling=sampling, progress=progress
+        )
+        return torch.cat(list(stream), dim=2)
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_frames: int | None = None,
+        image: Float[Tensor, "B 3 H W"] | None = None,
+        seed: int = 0,
+        noise: Float[Tensor, "B C t h w"] | None = None,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+        overlap: int = 2,
+    ) -> Iterator[Float[Tensor, "B 3 T H W"]]:
+        """Make clips of any length, frames handed out as soon as they exist, at memory that does not grow.
+
+        `overlap` latent frames of each chunk are given to the next. When `progress.should_stop` says so, what is
+        known of the chunk at hand is decoded, handed out, and the stream ends. `noise` is the first chunk's.
+
+        Raises:
+            ConfigError: see `check`; or the overlap leaves nothing to generate.
+        """
+        sampling, progress = sampling or self.card.sampling, progress or Progress()
+        num_frames = num_frames or self.card.clip.num_frames
+        self.check(num_frames=num_frames, image=image)
+        stride, window = self.card.vae.temporal_stride, self.card.clip.num_frames
+        kept = 1 + (overlap - 1) * stride  # frames of the overlap
+        if num_frames > window and not 1 <= overlap < 1 + (window - 1) // stride:
+            raise ConfigError(f"overlap must be 1 to {(window - 1) // stride} latent frames, got {overlap}")
+        num_chunks = 1 + -(-max(0, num_frames - window) // (window - kept))
+        condition = self.text_condition(prompts)
+        generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
+
+        past, made = (None if image is None else image[:, :, None]), 0
+        for chunk in range(num_chunks):
+            length = min(num_frames, window)
+            shape = (len(prompts), *self.card.vae.latent_shape(length, self.card.clip.height, self.card.clip.width))
+            x = noise if chunk == 0 and noise is not None else _noise(shape, generators)
+            frames, stopped = self._chunk(x, past, condition, sampling, progress, (chunk, num_chunks))
+            fresh = frames if chunk == 0 else frames[:, :, kept:]
+            yield fresh[:, :, : num_frames - made]
+            made += fresh.shape[2]
+            if stopped:
+                return
+            past = frames[:, :, -kept:]
+
+    def text_condition(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts.
+
+        Raises:
+            ConfigError: a prompt is longer than the encoder reads.
+        """
+        return self.card.text(prompts).condition()
+
+    def _chunk(
+        self,
+        noise: Float[Tensor, "B C t h w"],
+        past: Float[Tensor, "B 3 T0 H W"] | None,
+        condition: Condition,
+        sampling: Sampling,
+        progress: Progress,
+        place: tuple[int, int],
+    ) -> tuple[Float[Tensor, "B 3 T H W"], bool]:
+        """Sample and decode one window whose first frames are `past`; also say whether it was stopped midway."""
+        velocity = self._velocity(condition, noise.shape[0], sampling)
+        times = inference_times(sampling.num_steps, shift=sampling.shift)
+        with torch.no_grad(), self._autocast(sampling):
+            x = noise
+            if past is not None:
+                given = self.vae.encode(past).mean.float()
+                x = torch.cat([given, noise[:, :, given.shape[2] :]], dim=2)
+                times = rollout_given(times, noise.shape[2], num_given=given.shape[2])
+            chunk, num_chunks = place
+
+            def on_step(index: int, estimate: Tensor) -> None:
+                if progress.on_step is not None:
+                    progress.on_step(chunk * sampling.num_steps + index + 1, num_chunks * sampling.num_steps)
+                if progress.should_stop is not None and progress.should_stop():
+                    raise _Stopped(estimate)
+
+            stopped = False
+            try:
+                x = (euler if sampling.sampler == "euler" else heun)(velocity, x, times, on_step=on_step)
+            except _Stopped as early:
+                x, stopped = early.estimate, True
+            return self.vae.decode(x).float().clamp(-1, 1), stopped
+
+    def _velocity(self, condition: Condition, batch: int, sampling: Sampling) -> Velocity:
+        null = self.text_condition(batch * [""])
+
+        def under(c: Condition) -> Velocity:
+            return lambda x, t: self.dit(x, t, c).float()
+
+        return guided(under(condition), under(null), scale=sampling.guidance_scale)
+
+    def _autocast(self, sampling: Sampling) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=sampling.precision == "bf16")
+
+
+def model_folder(folder: Path) -> Path:
+    """Return `folder` or its `model/`, whichever holds a model card.
+
+    Raises:
+        CheckpointError: neither does.
+    """
+    for candidate in (folder, folder / "model"):
+        if (candidate / "model.json").is_file():
+            return candidate
+    state = "is a run that has not finished training" if (folder / "recipe.json").is_file() else "holds no model.json"
+    raise CheckpointError(
+        f"{folder} {state if folder.is_dir() else 'does not exist'}; make a model with: reelflow train"
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of a model's files, to tell one model from another."""
+    digest = hashlib.sha256()
+    for name in ("model.json", "vae.safetensors", "dit.safetensors"):
+        digest.update((model_folder(folder) / name).read_bytes())
+    return digest.hexdigest()
+
+
+def to_frames(clip: Float[Tensor, "3 T H W"]) -> UInt8[Tensor, "T H W 3"]:
+    """Turn a clip in [-1, 1] into 8-bit frames."""
+    return ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+
+
+def _noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+    return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])

@@ -1,0 +1,53 @@
+"""Weights from safetensors files into models: all of them, or an error that lists what differs."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from reelflow.errors import CheckpointError
+
+__all__ = ["load_weights", "read_tensors"]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or something else.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or is not a whole safetensors file: {error}") from error
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill `model` from a safetensors file; every name and shape must agree, dtypes are converted to the model's.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another model (the differing names are listed).
+    """
+    found, expected = read_tensors(path), model.state_dict()
+    reshaped = [
+        f"{name} is {list(found[name].shape)}, expected {list(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (
+            ("missing", [name for name in expected if name not in found]),
+            ("unexpected", [name for name in found if name not in expected]),
+            ("of another shape", reshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model: {'; '.join(problems)}; build {type(model).__name__} from the "
+            f"configuration stored with the weights"
+        )
+    for name, value in expected.items():
+        value.copy_(found[name])
