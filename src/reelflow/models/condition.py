@@ -41,9 +41,10 @@ class Condition:
         """
         if self.label is not None and other.label is not None:
             raise ConfigError("two conditions name a class label; keep one")
+        masked = self.context_mask is not None or other.context_mask is not None
         return Condition(
             context=_join(self.context, other.context, dim=1),
-            context_mask=_join(self._mask(), other._mask(), dim=1),
+            context_mask=_join(self._mask(), other._mask(), dim=1) if masked else None,
             vector=_sum(self.vector, other.vector),
             label=self.label if other.label is None else other.label,
             channels=_join(self.channels, other.channels, dim=1),

@@ -33,7 +33,7 @@ class DiTConfig:
     """Shape of a `VideoDiT`.
 
     Raises:
-        ConfigError: heads do not divide the width, or the rotary split does not fill a head.
+        ConfigError: heads do not divide the width, the rotary split does not fill a head, or an extent is impossible.
     """
 
     in_channels: int  # latent channels
@@ -50,6 +50,10 @@ class DiTConfig:
     num_classes: int = 0  # rows of the class table, to which one more is added for "no class"
 
     def __post_init__(self) -> None:
+        if self.in_channels < 1 or min(self.patch) < 1:
+            raise ConfigError(
+                f"in_channels and patch must be at least 1, got {self.in_channels} and {tuple(self.patch)}"
+            )
         if self.dim < 1 or self.num_heads < 1 or self.dim % self.num_heads:
             near = max(1, round(self.dim / max(1, self.num_heads))) * max(1, self.num_heads)
             raise ConfigError(
@@ -133,6 +137,8 @@ class VideoDiT(nn.Module):
         ):
             if (given is not None) != bool(width):
                 raise ConfigError(f"the model {'needs' if width else 'has no door for'} condition.{name}")
+            if given is not None and name != "label" and given.shape[-1] != width:
+                raise ConfigError(f"the model reads condition.{name} of width {width}, got {given.shape[-1]}")
         return t if t.ndim == 2 else t[:, None]
 
     def _vector(self, condition: Condition) -> Float[Tensor, "B 1 D"] | float:

@@ -75,10 +75,11 @@ class VAEConfig:
                 )
         for a, b, stage in self._resamplers():
             cells = stage.space**2 * stage.time
-            if b % cells or a * cells % b:
+            fits = [cells * divisor for divisor in range(1, a + 1) if a % divisor == 0]
+            if b not in fits:
                 raise ConfigError(
                     f"resampling {a} -> {b} channels over cells of {cells}: the wide side ({b}) must be a multiple of "
-                    f"{cells} and divide {a * cells}; nearest: {max(1, round(b / cells)) * cells}"
+                    f"{cells} and divide {a * cells}; nearest: {min(fits, key=lambda width: abs(width - b))}"
                 )
 
     def _resamplers(self) -> list[tuple[int, int, Stage]]:
@@ -192,7 +193,8 @@ class CausalVAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
         head = self.encoder[-1]
-        assert isinstance(head, CausalConv3d) and head.conv.bias is not None
+        assert isinstance(head, CausalConv3d)
+        assert head.conv.bias is not None
         with torch.no_grad():  # log-variance starts at -6: louder posterior noise would drown the signal early on
             head.conv.weight[config.latent_channels :] *= 0.1
             head.conv.bias[config.latent_channels :] = -6.0
@@ -208,7 +210,11 @@ class CausalVAE(nn.Module):
         return self._encode(clip, None)[0]
 
     def decode(self, latents: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B 3 T H W"]:
-        """Decode latents to pixels (about [-1, 1], not clamped), with T = 1 + f (t - 1)."""
+        """Decode latents to pixels (about [-1, 1], not clamped), with T = 1 + f (t - 1).
+
+        Raises:
+            ConfigError: the latents have another number of channels.
+        """
         return self.decode_chunk(latents, None)[0]
 
     def encode_chunk(
@@ -218,7 +224,11 @@ class CausalVAE(nn.Module):
 
         Returns the posterior of the latents that became complete (None when none did) and the state to pass with the
         next frames. A stream of 1 + f k frames ends with nothing pending.
+
+        Raises:
+            ConfigError: a side is not a multiple of the stride.
         """
+        self.config.latent_shape(1, *frames.shape[3:])
         layers, pending = state if state is not None else (START, None)
         frames = frames if pending is None else torch.cat([pending, frames], dim=2)
         time = self.config.temporal_stride
@@ -233,7 +243,13 @@ class CausalVAE(nn.Module):
     def decode_chunk(
         self, latents: Float[Tensor, "B C T H W"], state: State = START
     ) -> tuple[Float[Tensor, "B 3 T H W"], State]:
-        """Decode the next latents of a stream; returns their frames and the state to pass with the next ones."""
+        """Decode the next latents of a stream; returns their frames and the state to pass with the next ones.
+
+        Raises:
+            ConfigError: the latents have another number of channels.
+        """
+        if latents.shape[1] != self.config.latent_channels:
+            raise ConfigError(f"the VAE has {self.config.latent_channels} latent channels, got {latents.shape[1]}")
         x = latents * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
         x, state = self.decoder(x.contiguous(memory_format=torch.channels_last_3d), state)
         p = self.config.patch
@@ -248,7 +264,13 @@ class CausalVAE(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Float[Tensor, " C"], std: Float[Tensor, " C"]) -> None:
-        """Fix the per-channel mean and std (in the units latents have now) that make latents unit-variance."""
+        """Fix the per-channel mean and std (in the units latents have now) that make latents unit-variance.
+
+        Raises:
+            ConfigError: a std is not positive, so its channel carries nothing.
+        """
+        if not bool((std > 0).all()):
+            raise ConfigError(f"every std must be positive, got {std.tolist()}; train the VAE longer, or drop channels")
         self.latent_mean += mean.to(self.latent_mean) * self.latent_std
         self.latent_std *= std.to(self.latent_std)
 

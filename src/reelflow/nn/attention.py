@@ -21,7 +21,10 @@ def attend(
     *,
     mask: Bool[Tensor, "B #heads #N M"] | None = None,
 ) -> Float[Tensor, "B N heads*d"]:
-    """Return softmax(q k / sqrt(d)) v with the heads side by side; `mask` is True where a key may be seen."""
+    """Return softmax(q k / sqrt(d)) v with the heads side by side.
+
+    `mask` is True where a key may be seen; every query must see one.
+    """
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT**2:
         return merge_heads(_attend_short(q, k, v, mask))
     return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))

@@ -24,10 +24,12 @@ def check_axes(axes: Sequence[int], head_dim: int) -> None:
         ConfigError: the parts are odd, negative, or do not sum to `head_dim`.
     """
     if any(part < 0 or part % 2 for part in axes) or sum(axes) != head_dim:
-        third = head_dim // 3 // 2 * 2
+        fits = head_dim + head_dim % 2
+        part = fits // len(axes) // 2 * 2
+        split = (fits - (len(axes) - 1) * part, *(len(axes) - 1) * (part,))
         raise ConfigError(
             f"rope parts must be even and sum to the head dim {head_dim}, got {tuple(axes)} (sum {sum(axes)}); "
-            f"for example {(head_dim - 2 * third, third, third)}"
+            f"for example {split}{'' if fits == head_dim else f' with a head dim of {fits}'}"
         )
 
 

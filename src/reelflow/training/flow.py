@@ -66,6 +66,9 @@ class FlowTask:
 
     `null` is the condition of nothing, one row; `validation` is a fixed batch of unseen clips; `previewer` writes
     samples into a folder.
+
+    Raises:
+        ConfigError: images or given frames are asked of a model whose patch spans several latent frames.
     """
 
     def __init__(
@@ -78,6 +81,11 @@ class FlowTask:
         flops_per_sample: float = 0.0,
         previewer: Callable[[Path, int], None] | None = None,
     ) -> None:
+        if model.config.patch.t > 1 and (config.given_fraction or config.image_fraction):
+            raise ConfigError(
+                f"a patch of {model.config.patch.t} latent frames has no frame alone: "
+                f"set given_fraction and image_fraction to 0, or patch.t to 1"
+            )
         self.model = model
         self.config = config
         self.null = null

@@ -1,0 +1,1 @@
+"""The line walked on paper: tokens, parameters, operations and bytes, before anything runs."""

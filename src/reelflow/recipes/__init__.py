@@ -1,0 +1,1 @@
+"""Complete runs: from videos to a model, one function each."""

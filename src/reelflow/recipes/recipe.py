@@ -1,0 +1,430 @@
+"""A recipe is all that a run depends on, and `run` carries it out, stage by stage.
+
+    RUN/recipe.json     the recipe
+    RUN/videos/         rendered clips and captions (recipes on the synthetic world)
+    RUN/clips/          every clip decoded once
+    RUN/vae/            the autoencoder's training
+    RUN/latents/        every clip's posterior and text features
+    RUN/dit/            the transformer's training
+    RUN/model/          the finished model
+
+Each stage is finished or continued, never done twice: killed at any moment, the same command goes on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reelflow.conditioning.text import HashedWords, words_of
+from reelflow.config import configuration, to_dict
+from reelflow.data.folder import ClipSpec
+from reelflow.data.loader import ShuffledBatches
+from reelflow.data.store import Store, build_clip_store, write_store
+from reelflow.data.video import write_contact_sheet
+from reelflow.data.worlds import World, render_world, split_combinations
+from reelflow.errors import ConfigError, DataError
+from reelflow.generation.pipeline import ModelCard, Pipeline, Sampling, to_frames
+from reelflow.models.condition import Condition
+from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.vae import CausalVAE, Posterior, VAEConfig
+from reelflow.models.weights import load_weights
+from reelflow.planning.cost import dit_cost, vae_cost
+from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch
+from reelflow.training.loop import TrainingConfig, train
+
+__all__ = ["AutoencoderStage", "FolderData", "Recipe", "TransformerStage", "WorldData", "run"]
+
+
+@configuration
+class WorldData:
+    """Clips rendered from the synthetic world; some combinations of colour, shape and motion are held out."""
+
+    world: World
+    num_clips: int
+    num_validation: int  # clips of held-out combinations
+    seed: int
+    kind: Literal["world"] = "world"
+
+
+@configuration
+class FolderData:
+    """A folder of videos with captions; see `reelflow data inspect`."""
+
+    folder: str
+    num_validation: int  # clips set aside
+    kind: Literal["folder"] = "folder"
+
+
+@configuration
+class AutoencoderStage:
+    """The autoencoder: trained here, or taken from another model's folder."""
+
+    model: VAEConfig
+    loss: AutoencoderConfig
+    training: TrainingConfig
+    pretrained: str | None = None  # a run or model folder; then nothing is trained
+
+
+@configuration
+class TransformerStage:
+    """The transformer over the autoencoder's latents."""
+
+    model: DiTConfig
+    flow: FlowConfig
+    training: TrainingConfig
+
+
+@configuration
+class Recipe:
+    """All that a run depends on.
+
+    Raises:
+        ConfigError: the parts do not fit each other.
+    """
+
+    data: WorldData | FolderData
+    clip: ClipSpec
+    vae: AutoencoderStage
+    text: HashedWords
+    dit: TransformerStage
+    sampling: Sampling
+
+    def __post_init__(self) -> None:
+        latents = self.vae.model.latent_shape(self.clip.num_frames, self.clip.height, self.clip.width)
+        dit_cost(self.dit.model, latents[1:], self.text.max_words)
+        for name, have, need in (
+            ("in_channels", self.dit.model.in_channels, self.vae.model.latent_channels),
+            ("context_dim", self.dit.model.context_dim, self.text.dim),
+            ("vector_dim", self.dit.model.vector_dim, self.text.dim),
+        ):
+            if have != need:
+                raise ConfigError(f"dit.model.{name} must be {need} to fit the rest of the recipe, got {have}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, or one that was interrupted and waits to be continued."""
+
+    folder: Path
+    model: Path | None  # None when interrupted
+    seconds: dict[str, float]  # by stage
+
+
+def run(recipe: Recipe, folder: Path, *, console: Console | None = None) -> Run:
+    """Carry out `recipe` in `folder`, or go on where an earlier call stopped.
+
+    Raises:
+        ConfigError: the folder holds a run of another recipe.
+        DataError: there is nothing to learn from.
+    """
+    return _Runner(recipe, folder, console or Console()).go()
+
+
+class Clips(NamedTuple):
+    """Some rows of a store of clips."""
+
+    store: Store
+    rows: Tensor
+
+    def captions(self) -> list[str]:
+        return [str(self.store.meta(row)["caption"]) for row in self.rows.tolist()]
+
+
+class _Runner:
+    def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
+        self.recipe, self.folder, self.console = recipe, folder, console
+        self.seconds_file = folder / "seconds.json"
+
+    def go(self) -> Run:
+        self._claim()
+        learned, unseen = self._clips()
+        self.recipe.text(learned.captions() + unseen.captions())  # a caption that is too long stops the run here
+        vae = self._autoencoder(learned, unseen)
+        dit = None
+        if vae is not None:
+            latents = self._latents(vae, learned, "latents")
+            dit = self._transformer(vae, latents, self._latents(vae, unseen, "latents_unseen"))
+        model = self.folder / "model"
+        if vae is None or dit is None:
+            return Run(self.folder, None, self._seconds())
+        if not model.exists():
+            words = sorted({word for caption in learned.captions() for word in words_of(caption)})
+            card = ModelCard(
+                self.recipe.vae.model, self.recipe.dit.model, self.recipe.text, self.recipe.clip, self.recipe.sampling, tuple(words)
+            )
+            Pipeline(card, vae, dit).save(model)
+        return Run(self.folder, model, self._seconds())
+
+    # The folder, and what has been spent in it
+
+    def _claim(self) -> None:
+        path, values = self.folder / "recipe.json", to_dict(self.recipe)
+        if path.is_file():
+            differences = _differences(json.loads(path.read_text()), values)
+            if differences:
+                raise ConfigError(
+                    f"{self.folder} is a run of another recipe ({'; '.join(differences[:3])}); go on with the old values, "
+                    f"or choose another folder"
+                )
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(f"{self.folder} holds files that are no run; choose another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_json(path, values)
+
+    def _seconds(self) -> dict[str, float]:
+        return json.loads(self.seconds_file.read_text()) if self.seconds_file.is_file() else {}
+
+    @contextmanager
+    def _stage(self, name: str, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a stage's progress and add its time to what earlier sittings spent on it."""
+        start = time.perf_counter()
+        columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+        seconds = time.perf_counter() - start
+        self._spent(name, self._seconds().get(name, 0.0) + seconds)
+        self.console.print(f"{title}: {seconds:.0f} s", highlight=False)
+
+    def _spent(self, name: str, seconds: float) -> None:
+        _write_json(self.seconds_file, {**self._seconds(), name: round(seconds, 2)})
+
+    # Clips
+
+    def _clips(self) -> tuple[Clips, Clips]:
+        """Return the clips to learn from and the clips set aside."""
+        data = self.recipe.data
+        if isinstance(data, WorldData):
+            self._render(data)
+            learned = self._decoded(self.folder / "videos", "clips")
+            unseen = self._decoded(self.folder / "videos_unseen", "clips_unseen")
+            return Clips(learned, torch.arange(len(learned))), Clips(unseen, torch.arange(len(unseen)))
+        store = self._decoded(Path(data.folder), "clips")
+        if len(store) <= data.num_validation:
+            raise DataError(
+                f"{data.folder} gives {len(store)} clips of {self.recipe.clip.num_frames} frames, and {data.num_validation} "
+                f"are to be set aside; add videos, or set data.num_validation to at most {max(0, len(store) - 1)}"
+            )
+        order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))
+        return Clips(store, order[data.num_validation :]), Clips(store, order[: data.num_validation])
+
+    def _render(self, data: WorldData) -> None:
+        learned, held_out = split_combinations(seed=data.seed)
+        parts = (("videos", data.num_clips, learned, 0), ("videos_unseen", data.num_validation, held_out, 1))
+        for name, num_clips, combinations, offset in parts:
+            target, partial = self.folder / name, self.folder / f".{name}.partial"
+            if target.exists():
+                continue
+            shutil.rmtree(partial, ignore_errors=True)
+            with self._stage("render", f"rendering {num_clips:,} clips of the world") as on_clip:
+                render_world(
+                    partial, data.world, num_clips=num_clips, combinations=combinations, seed=data.seed + offset, on_clip=on_clip
+                )
+            partial.rename(target)
+
+    def _decoded(self, videos: Path, name: str) -> Store:
+        with self._stage("decode", f"decoding {videos.name}") as on_file:
+            report = build_clip_store(videos, self.recipe.clip, self.folder / name, on_file=on_file)
+        for reason in report.rejected:
+            self.console.print(f"skipped {reason}", highlight=False)
+        return Store.open(self.folder / name)
+
+    # The autoencoder
+
+    def _autoencoder(self, learned: Clips, unseen: Clips) -> CausalVAE | None:
+        """Return the trained autoencoder, or None when training was interrupted."""
+        stage, final = self.recipe.vae, self.folder / "vae" / "final.safetensors"
+        if stage.pretrained is not None:
+            pretrained = Pipeline.load(Path(stage.pretrained))
+            if pretrained.card.vae != stage.model:
+                raise ConfigError(f"the autoencoder of {stage.pretrained} has another shape than vae.model; copy its configuration")
+            return pretrained.vae
+        torch.manual_seed(stage.training.seed)
+        vae = CausalVAE(stage.model)
+        if final.is_file():
+            load_weights(final, vae)
+            return vae.eval()
+        validation = unseen.store.batch("frames", unseen.rows[:32])
+        cost = vae_cost(stage.model, stage.loss.crop_frames, stage.loss.crop_size, stage.loss.crop_size)
+
+        def preview(folder: Path, step: int) -> None:
+            shown = to_float(validation[:4])
+            pairs = torch.stack([shown, vae.decode(vae.encode(shown).mean).float()], dim=1).flatten(0, 1)
+            write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in pairs], columns=6)
+
+        task = AutoencoderTask(
+            vae,
+            stage.loss,
+            validation=validation,
+            flops_per_sample=3.0 * (cost.encode_flops + cost.decode_flops),
+            previewer=preview,
+        )
+        self.console.rule("autoencoder")
+        ends = {"encoder.0.", f"encoder.{len(vae.encoder) - 1}.", "decoder.0.", f"decoder.{len(vae.decoder) - 1}."}
+        with ShuffledBatches(
+            len(learned.rows),
+            stage.training.batch_size,
+            lambda rows, generator: draw_crops(learned.store.batch("frames", learned.rows[rows]), stage.loss, generator),
+            seed=stage.training.seed,
+        ) as batches:
+            result = train(
+                task,
+                batches,
+                stage.training,
+                self.folder / "vae",
+                hidden=lambda name, weight: weight.ndim >= 2 and not name.startswith(tuple(ends)),
+                console=self.console,
+            )
+        self._spent("autoencoder", result.seconds)
+        if result.interrupted:
+            return None
+        load_weights(_best_weights(result.checkpoint), vae)
+        vae.eval()
+        self._fit_statistics(vae, learned)
+        _write_tensors(final, vae)
+        return vae
+
+    def _fit_statistics(self, vae: CausalVAE, clips: Clips) -> None:
+        """Measure the latents' mean and std over (at most 256) clips, and give them to the autoencoder."""
+        rows = clips.rows[torch.linspace(0, len(clips.rows) - 1, min(256, len(clips.rows))).long()]
+        with torch.no_grad(), self._autocast(self.recipe.vae.training):
+            means = [vae.encode(to_float(clips.store.batch("frames", part))).mean.float() for part in rows.split(8)]
+        values = torch.cat(means).transpose(0, 1).flatten(1)
+        vae.set_statistics(values.mean(1), values.std(1))
+
+    def _autocast(self, training: TrainingConfig) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
+
+    # Latents
+
+    def _latents(self, vae: CausalVAE, clips: Clips, name: str) -> Store:
+        """Cache every clip's posterior and text features, bound to the autoencoder that made them."""
+        folder = self.folder / name
+        made_by = {"vae": _digest(vae), "clips": clips.store.fingerprint, "text": to_dict(self.recipe.text)}
+        if (folder / "store.json").is_file():
+            return Store.open(folder, fingerprint=made_by)
+        shutil.rmtree(folder, ignore_errors=True)  # begun and not finished: nothing is lost
+        captions = clips.captions()
+
+        def samples(on_clip: Callable[[int, int], None]) -> Iterator[dict[str, Tensor]]:
+            for part, caption in zip(clips.rows.split(8), _split(captions, 8), strict=True):
+                with torch.no_grad(), self._autocast(self.recipe.vae.training):
+                    posterior = vae.encode(to_float(clips.store.batch("frames", part)))
+                text = self.recipe.text(caption)
+                for index in range(len(part)):
+                    yield {
+                        "mean": posterior.mean[index].half(),
+                        "logvar": posterior.logvar[index].half(),
+                        "context": text.tokens[index],
+                        "context_mask": text.mask[index],
+                        "vector": text.pooled[index],
+                    }
+                on_clip(int(part.numel()), len(clips.rows))
+
+        with self._stage("encode", f"encoding {len(clips.rows):,} clips") as on_clip:
+            write_store(folder, samples(on_clip), fingerprint=made_by, meta=[{"caption": caption} for caption in captions])
+        return Store.open(folder, fingerprint=made_by)
+
+    # The transformer
+
+    def _transformer(self, vae: CausalVAE, latents: Store, unseen: Store) -> VideoDiT | None:
+        """Return the trained transformer, or None when training was interrupted."""
+        stage = self.recipe.dit
+        torch.manual_seed(stage.training.seed)
+        dit = VideoDiT(stage.model)
+        shape = self.recipe.vae.model.latent_shape(self.recipe.clip.num_frames, self.recipe.clip.height, self.recipe.clip.width)
+        cost = dit_cost(stage.model, shape[1:], self.recipe.text.max_words)
+
+        def preview(folder: Path, step: int) -> None:
+            card = ModelCard(
+                self.recipe.vae.model, stage.model, self.recipe.text, self.recipe.clip, self.recipe.sampling, words=()
+            )
+            prompts = [str(unseen.meta(row)["caption"]) for row in range(min(4, len(unseen)))]
+            clips = Pipeline(card, vae, dit).generate(prompts)
+            dit.train()
+            write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in clips], columns=6)
+
+        def batch(store: Store, rows: Tensor) -> LatentBatch:
+            part = {key: store.batch(key, rows) for key in ("mean", "logvar", "context", "context_mask", "vector")}
+            return LatentBatch(
+                Posterior(part["mean"].float(), part["logvar"].float()),
+                Condition(context=part["context"], context_mask=part["context_mask"], vector=part["vector"]),
+            )
+
+        task = FlowTask(
+            dit,
+            stage.flow,
+            null=self.recipe.text([""]).condition(),
+            validation=batch(unseen, torch.arange(min(32, len(unseen)))),
+            flops_per_sample=3.0 * cost.flops,
+            previewer=preview,
+        )
+        self.console.rule("transformer")
+        with ShuffledBatches(
+            len(latents), stage.training.batch_size, lambda rows, _: batch(latents, rows), seed=stage.training.seed
+        ) as batches:
+            result = train(
+                task,
+                batches,
+                stage.training,
+                self.folder / "dit",
+                hidden=lambda name, weight: weight.ndim == 2 and name.startswith("blocks.") and ".modulation." not in name,
+                console=self.console,
+            )
+        self._spent("transformer", result.seconds)
+        if result.interrupted:
+            return None
+        load_weights(_best_weights(result.checkpoint), dit)
+        return dit.eval()
+
+
+def _best_weights(checkpoint: Path) -> Path:
+    """Return the averaged weights of a checkpoint, or the plain ones where no average was kept."""
+    return next(path for path in (checkpoint / "ema.safetensors", checkpoint / "weights.safetensors") if path.is_file())
+
+
+def _split(items: list[str], size: int) -> list[list[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _digest(model: CausalVAE) -> str:
+    """Return a hash of a model's weights, to tell one from another."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _differences(before: object, now: object, path: str = "") -> list[str]:
+    """Name the values in which two recipes differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = {**before, **now}
+        return [d for name in names for d in _differences(before.get(name), now.get(name), f"{path}.{name}".lstrip("."))]
+    return [] if before == now else [f"{path} was {before}, now {now}"]
+
+
+def _write_json(path: Path, values: object) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=1))
+    os.replace(partial, path)
+
+
+def _write_tensors(path: Path, model: CausalVAE) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, partial)
+    os.replace(partial, path)

@@ -1,0 +1,74 @@
+"""The synthetic world on two CPU cores: the run behind `make demo`."""
+
+from reelflow.conditioning.text import HashedWords
+from reelflow.data.folder import ClipSpec
+from reelflow.data.worlds import World
+from reelflow.generation.pipeline import Sampling
+from reelflow.models.blocks import Dual, Single
+from reelflow.models.dit import DiTConfig
+from reelflow.models.vae import Stage, VAEConfig
+from reelflow.nn.patchify import Patch
+from reelflow.recipes.recipe import AutoencoderStage, Recipe, TransformerStage, WorldData
+from reelflow.training.autoencoder import AutoencoderConfig
+from reelflow.training.flow import FlowConfig
+from reelflow.training.loop import TrainingConfig
+from reelflow.training.optim import OptimizerConfig
+
+__all__ = ["world"]
+
+
+def world() -> Recipe:
+    """64 x 64, 17 frames, 144 combinations of colour, shape and motion, of which 16 are never seen in training."""
+    return Recipe(
+        data=WorldData(world=World(), num_clips=3600, num_validation=64, seed=0),
+        clip=ClipSpec(num_frames=17, height=64, width=64, fps=8.0),
+        vae=AutoencoderStage(
+            model=VAEConfig(
+                latent_channels=16,
+                patch=4,
+                conv="factorised",
+                resample_kernel=1,
+                encoder=(Stage(128, 0, time=2), Stage(128, 1, space=2, time=2), Stage(256, 2)),
+                decoder=(Stage(256, 3), Stage(128, 3, space=2, time=2), Stage(128, 1, time=2)),
+            ),
+            loss=AutoencoderConfig(crop_frames=9, crop_size=32),
+            training=TrainingConfig(
+                steps=600,
+                batch_size=12,
+                optimizer=OptimizerConfig(lr=2e-3, muon_lr=0.02, warmup_steps=20, decay="linear", final_fraction=0.02),
+                seed=0,
+                ema_decay=0.98,
+                precision="bf16",
+                validate_every=200,
+                preview_every=600,
+                checkpoint_every=200,
+            ),
+        ),
+        text=HashedWords(dim=96, max_words=12),
+        dit=TransformerStage(
+            model=DiTConfig(
+                in_channels=16,
+                dim=256,
+                num_heads=4,
+                layers=(Dual(), *6 * (Single(),)),
+                patch=Patch(1, 2, 2),
+                rope=(16, 24, 24),
+                activation="relu2",
+                context_dim=96,
+                vector_dim=96,
+            ),
+            flow=FlowConfig(given_fraction=0.2, max_given=2),
+            training=TrainingConfig(
+                steps=700,
+                batch_size=32,
+                optimizer=OptimizerConfig(lr=2e-3, muon_lr=0.02, warmup_steps=20, decay="linear", final_fraction=0.02),
+                seed=0,
+                ema_decay=0.99,
+                precision="bf16",
+                validate_every=350,
+                preview_every=350,
+                checkpoint_every=350,
+            ),
+        ),
+        sampling=Sampling(num_steps=24, guidance_scale=3.0, precision="bf16"),
+    )
