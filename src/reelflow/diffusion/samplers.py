@@ -17,7 +17,7 @@ from reelflow.errors import ConfigError
 __all__ = ["OnStep", "Times", "euler", "heun"]
 
 Latents = Float[Tensor, "B C T H W"]
-Times = Float[Tensor, " steps"] | Float[Tensor, "steps T"]
+Times = Float[Tensor, " steps"] | Float[Tensor, "steps columns"]
 OnStep = Callable[[int, Latents], None]
 """Called at each step with its number from 0 and the data that x implies so far: a preview."""
 

@@ -45,7 +45,7 @@ def draw_logit_normal(
 
 def inference_times(
     num_steps: int, *, shift: float = 1.0, device: torch.device | str = "cpu"
-) -> Float[Tensor, " steps+1"]:
+) -> Float[Tensor, " {num_steps}+1"]:
     """Return num_steps + 1 times from 0 (noise) to 1 (data), evenly spaced and then shifted.
 
     Raises:

@@ -44,7 +44,7 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).unflatten(0, heads)
 
 
-def split_heads(x: Float[Tensor, "B N heads*d"], num_heads: int) -> Float[Tensor, "B heads N d"]:
+def split_heads(x: Float[Tensor, "B N D"], num_heads: int) -> Float[Tensor, "B heads N d"]:
     """Cut the channels into `num_heads` heads."""
     return rearrange(x, "B N (heads d) -> B heads N d", heads=num_heads)
 

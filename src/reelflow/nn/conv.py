@@ -21,6 +21,7 @@ from torch import Tensor, nn
 __all__ = ["START", "Causal", "CausalConv3d", "CausalSequence", "DownShuffle", "State", "TimePadding", "UpShuffle"]
 
 Video = Float[Tensor, "B C T H W"]
+Output = Float[Tensor, "B D T2 H2 W2"]
 State = tuple[Any, ...] | None
 START: tuple[Any, ...] = ()
 TimePadding = Literal["zeros", "first"]
@@ -47,7 +48,7 @@ class CausalConv3d(nn.Module):
         self.time_padding: TimePadding = time_padding
         self.conv = nn.Conv3d(in_channels, out_channels, (time, space, space), padding=(0, space // 2, space // 2))
 
-    def forward(self, x: Video, state: State) -> tuple[Video, State]:
+    def forward(self, x: Video, state: State) -> tuple[Float[Tensor, "B D T H W"], State]:
         if self.past == 0:
             return self.conv(x), state
         if state:
@@ -66,7 +67,7 @@ class CausalSequence(nn.ModuleList):
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__(layers)
 
-    def forward(self, x: Video, state: State) -> tuple[Video, State]:
+    def forward(self, x: Video, state: State) -> tuple[Output, State]:
         after = []
         for layer, before in zip(self, state or len(self) * (state,), strict=True):
             x, new = layer(x, before)
@@ -97,17 +98,17 @@ class DownShuffle(nn.Module):
         self.space, self.time, self.out_channels = space, time, out_channels
         self.conv = CausalConv3d(in_channels, out_channels // cells, (kernel, kernel), time_padding=time_padding)
 
-    def forward(self, x: Video, state: State) -> tuple[Video, State]:
+    def forward(self, x: Video, state: State) -> tuple[Output, State]:
         y, after = self.conv(x, state[0] if state else state)
         if not state and self.time > 1:
             x, y = self._alone(x), self._alone(y)
         shortcut = reduce(self._fold(x), "B (C g) T H W -> B C T H W", "mean", C=self.out_channels)
         return self._fold(y) + shortcut, None if state is None else (after,)
 
-    def _alone(self, x: Video) -> Video:
+    def _alone(self, x: Video) -> Output:
         return torch.cat([x[:, :, :1].expand(-1, -1, self.time - 1, -1, -1), x], dim=2)
 
-    def _fold(self, x: Video) -> Video:
+    def _fold(self, x: Video) -> Output:
         pattern = "B C (T t) (H h) (W w) -> B (C t h w) T H W"
         return rearrange(x, pattern, t=self.time, h=self.space, w=self.space)
 
@@ -133,11 +134,11 @@ class UpShuffle(nn.Module):
         self.space, self.time, self.copies = space, time, out_channels * cells // in_channels
         self.conv = CausalConv3d(in_channels, out_channels * cells, (kernel, kernel), time_padding=time_padding)
 
-    def forward(self, x: Video, state: State) -> tuple[Video, State]:
+    def forward(self, x: Video, state: State) -> tuple[Output, State]:
         y, after = self.conv(x, state[0] if state else state)
         y = self._unfold(y + repeat(x, "B C T H W -> B (C g) T H W", g=self.copies))
         return (y if state else y[:, :, self.time - 1 :]), None if state is None else (after,)
 
-    def _unfold(self, x: Video) -> Video:
+    def _unfold(self, x: Video) -> Output:
         pattern = "B (C t h w) T H W -> B C (T t) (H h) (W w)"
         return rearrange(x, pattern, t=self.time, h=self.space, w=self.space)

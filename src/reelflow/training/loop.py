@@ -57,8 +57,10 @@ class Loss:
 class Task(Protocol[Batch_contra]):
     """A model and what is asked of it. `model` is the plain module, also when `loss` runs a compiled wrapper of it."""
 
-    model: nn.Module
     flops_per_sample: float  # forward and backward; 0 when unknown
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def loss(self, batch: Batch_contra, generator: torch.Generator) -> Loss:
         """Return the loss of one batch, every draw taken from `generator` (on the model's device)."""
