@@ -10,6 +10,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -134,7 +135,7 @@ def read_captions(folder: Path, paths: list[Path]) -> dict[Path, Caption]:
 
 
 def inspect_folder(folder: Path, spec: ClipSpec, *, tokens_per_clip: int = 0) -> list[FileReport]:
-    """Say for every video what would become of it; only its first frame is decoded.
+    """Say for every video what would become of it; of a long one, only its ends are decoded.
 
     Raises:
         DataError: the folder is missing, has no videos, or its captions cannot be read.
@@ -146,14 +147,10 @@ def inspect_folder(folder: Path, spec: ClipSpec, *, tokens_per_clip: int = 0) ->
         relative, (caption, notes) = path.relative_to(folder), captions[path]
         try:
             info = probe(path)
-            read_clip(path, num_frames=1)
-            num_frames = _num_frames(info, spec)
-            if num_frames is None:
-                num_frames = len(read_clip(path, fps=spec.fps, size=(spec.height, spec.width)).frames)
-            if num_frames < spec.num_frames:
-                raise MediaError(_too_short(num_frames, spec))
+            num_frames = _count(path, info, spec)
         except MediaError as error:
-            reports.append(FileReport(relative, False, 0, caption, notes, str(error), 0))
+            reason = str(error).removeprefix(f"{path}: ")
+            reports.append(FileReport(relative, False, 0, caption, notes, reason, 0))
             continue
         num_clips = num_frames // spec.num_frames
         notes = (*_changes(info, spec, num_frames), *notes)
@@ -168,7 +165,7 @@ def read_windows(path: Path, spec: ClipSpec) -> Iterator[tuple[float, UInt8[Tens
         MediaError: the file is broken, or shorter than one clip.
     """
     step = spec.num_frames * max(1, PIECE_BYTES // (spec.num_frames * spec.height * spec.width * 3))
-    expected = _num_frames(probe(path), spec) or 0
+    expected = _expected(probe(path), spec)
     last = max(0, expected - spec.num_frames) // step * step  # the piece that reads on to the end
     for first in range(0, last + 1, step):
         clip = read_clip(
@@ -187,13 +184,27 @@ def read_windows(path: Path, spec: ClipSpec) -> Iterator[tuple[float, UInt8[Tens
 # --- what would become of a video ------------------------------------------------------------------------------------
 
 
-def _num_frames(info: VideoInfo, spec: ClipSpec) -> int | None:
-    """Estimate, without decoding, how many frames a video has at the frame rate of the clips; None when it cannot tell."""
-    if info.is_image:
-        return 1
-    if info.duration is not None:
-        return round(info.duration * spec.fps)
-    return None if info.num_frames is None else round(info.num_frames / info.fps * spec.fps)
+def _expected(info: VideoInfo, spec: ClipSpec) -> int:
+    """Tell from the header alone how many frames a video has at the frame rate of the clips; 0 when it is silent."""
+    return max(0, math.ceil((info.duration - 1e-3) * spec.fps)) if info.duration else 0  # headers round to 1 ms
+
+
+def _count(path: Path, info: VideoInfo, spec: ClipSpec) -> int:
+    """Count frames at the frame rate of the clips, believing the header only when the last clip is seen to be there.
+
+    Raises:
+        MediaError: there are too few for one clip, or they cannot be decoded.
+    """
+    expected = _expected(info, spec)
+    used = expected // spec.num_frames * spec.num_frames
+    if used:
+        with suppress(MediaError):
+            read_clip(path, num_frames=1, fps=spec.fps, start=(used - 1) / spec.fps)
+            return expected
+    num_frames = len(read_clip(path, fps=spec.fps, size=(spec.height, spec.width)).frames)
+    if num_frames < spec.num_frames:
+        raise MediaError(_too_short(num_frames, spec))
+    return num_frames
 
 
 def _too_short(num_frames: int, spec: ClipSpec) -> str:
@@ -202,7 +213,7 @@ def _too_short(num_frames: int, spec: ClipSpec) -> str:
 
 def _changes(info: VideoInfo, spec: ClipSpec, num_frames: int) -> tuple[str, ...]:
     notes = []
-    if not info.is_image and abs(info.fps - spec.fps) > 1e-3:
+    if abs(info.fps - spec.fps) > 1e-3:
         notes.append(f"resampled {info.fps:g} -> {spec.fps:g} fps")
     num_clips, left = divmod(num_frames, spec.num_frames)
     if num_clips > 1:
@@ -248,7 +259,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             yield reader.line_num, record
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+        raise DataError(f"{path}, line {reader.line_num + 1}: {error}") from error  # of the record that went wrong
 
 
 def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -154,8 +154,7 @@ class Store:
         if key not in self._index.keys:
             raise DataError(f"{self.folder} has no {key!r}; {nearest(key, self.keys)}")
         if not len(rows):
-            one = self._index.keys[key]
-            return torch.empty(0, *one.shape, dtype=getattr(torch, one.dtype))
+            return self._place(0)[0].tensors[key][:0].clone()
         places = [self._place(row) for row in rows.tolist()]
         return torch.stack([shard.tensors[key][offset] for shard, offset in places])
 
@@ -301,7 +300,9 @@ def build_clip_store(
     names = [path.relative_to(videos).as_posix() for path in paths]
     digest = hashlib.sha256()
     for path, name in zip(paths, names, strict=True):
-        digest.update(os.fsencode(name) + b"\0" + _digest(path) + captions[path].text.encode() + b"\0")
+        digest.update(
+            os.fsencode(name) + b"\0" + _digest(path) + captions[path].text.encode("utf-8", "surrogatepass") + b"\0"
+        )
     fingerprint = {"clip": to_dict(spec), "videos": {"files": len(paths), "digest": digest.hexdigest()}}
     if (out / INDEX).exists():
         store = Store.open(out, fingerprint=fingerprint)
@@ -311,11 +312,13 @@ def build_clip_store(
     writer = _Writer(out, fingerprint, samples_per_shard=max(1, min(512, SHARD_BYTES // clip_bytes)))
     rejected = []
     for done, (path, name) in enumerate(zip(paths, names, strict=True)):
+        before = writer.num_rows
         try:
             for start, frames in read_windows(path, spec):
                 writer.add({"frames": frames}, {"caption": captions[path].text, "file": name, "start": start})
         except MediaError as error:
-            rejected.append(f"{name}: {error}")
+            kept = f" (clips before that, {writer.num_rows - before}, are kept)" if writer.num_rows > before else ""
+            rejected.append(f"{name}: " + str(error).removeprefix(f"{path}: ") + kept)
         if on_file:
             on_file(done + 1, len(paths))
     if not writer.num_rows:

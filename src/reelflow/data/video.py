@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 import torch
-from av.sidedata.sidedata import Type as SideDataType
-from av.stream import Disposition
+from av.stream import Discard, Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from einops import rearrange
 from jaxtyping import Float, UInt8
@@ -66,7 +65,7 @@ class Clip:
         return rearrange(self.frames, "T H W C -> C T H W").contiguous() / 127.5 - 1
 
     @classmethod
-    def from_float(cls, pixels: Float[Tensor, "3 T H W"], *, fps: float | int, source: str) -> Self:
+    def from_float(cls, pixels: Float[Tensor, "3 T H W"], *, fps: float | int, source: str) -> "Clip":
         """Round values in [-1, 1] to the nearest of 256 levels, clipping what lies outside; undoes `to_float` exactly.
 
         Raises:
@@ -87,7 +86,7 @@ class VideoInfo(NamedTuple):
     duration: float  # seconds
     fps: float  # average, hertz
     codec: str
-    rotation: int  # degrees clockwise that turn the stored picture upright: 0, 90, 180 or 270
+    rotation: int  # degrees clockwise that turn the stored picture upright: 0, 90, 180 or 270 (180 where mirrored)
     variable_rate: bool  # a hint: the average rate differs from the nominal one by more than 1 %
     has_alpha: bool
 
@@ -165,12 +164,7 @@ def read_clip(
             slack = min(float(stream.time_base) / 2, 0.1 / rate)
             shown = _shown(itertools.chain([first], decoded), start=float(start), fps=fps, slack=slack)
             frames = [picture(frame, path) for frame in itertools.islice(shown, num_frames)]
-            claimed = _claimed_seconds(container, stream)
             break
-    if num_frames is None and frames and claimed:
-        seconds = start + len(frames) / (fps or rate)
-        if claimed - seconds > max(2 / rate, 2 / (fps or rate), 0.05 * claimed):
-            raise MediaError(f"{path}: truncated: the header promises {claimed:.2f} s, the file holds {seconds:.2f} s")
     if len(frames) < (num_frames or 1):
         asked = f"{num_frames or 'some'} frames" + (f" at {fps:g} fps" if fps else "")
         raise MediaError(f"{path}: asked for {asked} from {start:g} s on, found {len(frames)}")
@@ -214,7 +208,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise MediaError(f"{path}: no video stream, only {' and '.join(kinds) or 'a header'}")
             stream = videos[0]
             for other in container.streams:
-                other.discard = other.discard if other is stream else "ALL"
+                other.discard = Discard.default if other is stream else Discard.all
             if stream.codec_context is None:
                 raise MediaError(f"{path}: no decoder for its video codec")
             yield container, stream
@@ -223,7 +217,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _decoded(container: Any, stream: Any, *, start: float | int) -> Iterator[tuple[float, av.VideoFrame | None]]:
-    """Yield (seconds since the stream's beginning, frame) from a key frame at or before `start`, then (end, None)."""
+    """Yield (seconds since the stream's beginning, frame) from a key frame at or before `start`, then (end, None).
+
+    Raises:
+        MediaError: the frames end well before the header says.
+    """
     decoder = stream.codec_context
     if stream.metadata.get("alpha_mode") == "1" and decoder.name in ("vp8", "vp9"):
         # FFmpeg's own decoders drop the transparency of these; libvpx keeps it.
@@ -246,6 +244,11 @@ def _decoded(container: Any, stream: Any, *, start: float | int) -> Iterator[tup
             time = float((frame.pts - origin) * stream.time_base)
         end = time + (float(frame.duration * stream.time_base) or 1 / rate)
         yield time, frame
+    claimed = _claimed_seconds(container, stream) or 0
+    if claimed - end > max(2 / rate, 0.05 * claimed):
+        raise MediaError(
+            f"{container.name}: truncated: the header promises {claimed:.2f} s, the file holds {end:.2f} s"
+        )
     yield end, None
 
 
@@ -264,6 +267,9 @@ def _shown(
 
 
 def _rate(stream: Any) -> float:
+    """Return the average rate, counted where the header allows it: FFmpeg guesses a GIF's from its first frames."""
+    if stream.frames and stream.duration:
+        return float(stream.frames / (stream.duration * stream.time_base))
     return float(stream.average_rate or stream.guessed_rate or 25)
 
 
@@ -285,12 +291,17 @@ class _Upright:
     """
 
     def __init__(self, frame: av.VideoFrame) -> None:
-        matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
-        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix is not None else (1, 0, 0, 0, 1)
+        self.rotation = -round(frame.rotation / 90) * 90 % 360
+        try:
+            matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        except ValueError:  # a kind of side data PyAV has no name for (a photo's EXIF): what it says of turning remains
+            a, b, c, d = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[self.rotation]
+        else:
+            entries = np.frombuffer(bytes(matrix), np.int32).tolist() if matrix is not None else (1, 0, 0, 0, 1)
+            a, b, c, d = (entries[k] for k in (0, 1, 3, 4))
         self.transposed = abs(b) + abs(c) > abs(a) + abs(d)
         down, right = (b, c) if self.transposed else (d, a)
         self.flips = tuple(axis for axis, sign in ((0, down), (1, right)) if sign < 0)
-        self.rotation = -round(frame.rotation / 90) * 90 % 360
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
         return np.flip(pixels.swapaxes(0, 1) if self.transposed else pixels, self.flips)
@@ -386,7 +397,9 @@ class VideoWriter:
         self.path = Path(path)
         suffix = self.path.suffix.lower()
         if suffix not in _ENCODINGS:
-            raise ConfigError(f"{path}: cannot write {suffix or 'a file without suffix'}; {nearest(suffix, _ENCODINGS)}")
+            raise ConfigError(
+                f"{path}: cannot write {suffix or 'a file without suffix'}; {nearest(suffix, _ENCODINGS)}"
+            )
         if not 0.001 <= fps <= 1000:
             raise ConfigError(f"fps must be between 0.001 and 1000, got {fps}")
         self.num_frames = 0
@@ -396,7 +409,7 @@ class VideoWriter:
         self._size: tuple[int, int] | None = None
         self._container: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "VideoWriter":
         return self
 
     def write(self, frames: np.ndarray | Tensor) -> None:
@@ -443,10 +456,8 @@ class VideoWriter:
             )
         with _disk(self.path):
             # bitexact keeps dates and random ids out of the file
-            options = {"fflags": "+bitexact", "movflags": "+faststart"} if encoding.container == "mp4" else {}
-            self._container = av.open(
-                str(self._part.absolute()), "w", format=encoding.container, options=options or {"fflags": "+bitexact"}
-            )
+            options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if encoding.container == "mp4" else {})
+            self._container = av.open(str(self._part.absolute()), "w", format=encoding.container, options=options)
             self._stream = self._container.add_stream(encoding.codec, rate=self._rate, options=dict(encoding.options))
             self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, encoding.pixels
             self._stream.codec_context.time_base = 1 / self._rate

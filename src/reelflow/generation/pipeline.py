@@ -35,7 +35,7 @@ from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, VAEConfig
 from reelflow.models.weights import load_weights
 
-__all__ = ["ModelCard", "Pipeline", "Sampling", "to_frames"]
+__all__ = ["ModelCard", "Pipeline", "Progress", "Sampling", "fingerprint", "model_folder", "read_card", "to_frames"]
 
 
 @configuration
@@ -68,12 +68,40 @@ class ModelCard:
     sampling: Sampling
     words: tuple[str, ...] = ()  # of its captions; it knows no others
 
+    def check(self, *, num_frames: int, image: Tensor | None = None) -> None:
+        """Refuse what cannot be generated, before anything is loaded or computed.
+
+        Raises:
+            ConfigError: an impossible length (names the nearest), or a first frame of another size or out of range.
+        """
+        height, width = self.clip.height, self.clip.width
+        self.vae.latent_shape(num_frames, height, width)
+        if image is None:
+            return
+        if num_frames == 1:
+            raise ConfigError(
+                f"a first frame leaves nothing to generate in a clip of 1 frame; nearest: {1 + self.vae.temporal_stride}"
+            )
+        if image.shape[-2:] != (height, width):
+            raise ConfigError(
+                f"the first frame must be {height} x {width}, got {image.shape[-2]} x {image.shape[-1]}; "
+                f"resize and crop it first (the command line does)"
+            )
+        if not image.is_floating_point() or not bool((image.abs() <= 1 + 1e-3).all()):  # so written, it catches NaN
+            raise ConfigError("the first frame must be floats in [-1, 1]; from 8 bits: frame / 127.5 - 1")
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the model has never read, and therefore cannot follow."""
+        return [word for word in words_of(prompt) if self.words and word not in self.words]
+
 
 @dataclass
 class Progress:
-    """What a running generation tells and is told: called after each step, asked to stop before each."""
+    """What a running generation tells and is told, at each step and in this order."""
 
     on_step: Callable[[int, int], None] | None = None  # (evaluated steps, all steps of the clip)
+    on_preview: Callable[[Tensor], None] | None = None  # the chunk as it is known by now, B 3 T H W
+    preview_every: int = 4  # steps; a preview costs one decoding
     should_stop: Callable[[], bool] | None = None
 
 
@@ -102,10 +130,7 @@ class Pipeline:
             CheckpointError: there is no model, or its files are torn or do not fit each other.
         """
         folder = model_folder(folder)
-        try:
-            card = from_dict(ModelCard, json.loads((folder / "model.json").read_text()))
-        except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
-            raise CheckpointError(f"{folder / 'model.json'} is not a model card this version reads: {error}") from error
+        card = read_card(folder)
         vae, dit = CausalVAE(card.vae), VideoDiT(card.dit)
         load_weights(folder / "vae.safetensors", vae)
         load_weights(folder / "dit.safetensors", dit)
@@ -130,21 +155,11 @@ class Pipeline:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt that the model has never read, and therefore cannot follow."""
-        return [word for word in words_of(prompt) if self.card.words and word not in self.card.words]
+        return self.card.unknown_words(prompt)
 
     def check(self, *, num_frames: int, image: Tensor | None = None) -> None:
-        """Refuse what cannot be generated, before anything is computed.
-
-        Raises:
-            ConfigError: an impossible length, or a picture of another size; names the nearest that works.
-        """
-        clip = self.card.clip
-        self.card.vae.latent_shape(num_frames, clip.height, clip.width)
-        if image is not None and image.shape[-2:] != (clip.height, clip.width):
-            raise ConfigError(
-                f"the first frame must be {clip.height} x {clip.width}, got {image.shape[-2]} x {image.shape[-1]}; "
-                f"resize and crop it first (the command line does)"
-            )
+        """Refuse what cannot be generated, before anything is computed; see `ModelCard.check`."""
+        self.card.check(num_frames=num_frames, image=image)
 
     def generate(
         self,
@@ -185,23 +200,29 @@ class Pipeline:
         known of the chunk at hand is decoded, handed out, and the stream ends. `noise` is the first chunk's.
 
         Raises:
-            ConfigError: see `check`; or the overlap leaves nothing to generate.
+            ConfigError: see `check`; the overlap leaves nothing to generate; or pictures or noise do not fit the prompts.
         """
-        sampling, progress = sampling or self.card.sampling, progress or Progress()
-        num_frames = num_frames or self.card.clip.num_frames
+        sampling, progress, clip = sampling or self.card.sampling, progress or Progress(), self.card.clip
+        num_frames = clip.num_frames if num_frames is None else num_frames
         self.check(num_frames=num_frames, image=image)
-        stride, window = self.card.vae.temporal_stride, self.card.clip.num_frames
+        if not prompts or (image is not None and len(image) != len(prompts)):
+            raise ConfigError(
+                f"need a prompt, and a first frame for each or none: got {len(prompts)} prompts"
+                + (f" and {len(image)} first frames" if image is not None else "")
+            )
+        window, stride = clip.num_frames, self.card.vae.temporal_stride
         kept = 1 + (overlap - 1) * stride  # frames of the overlap
-        if num_frames > window and not 1 <= overlap < 1 + (window - 1) // stride:
+        if num_frames > window and not 1 <= overlap <= (window - 1) // stride:
             raise ConfigError(f"overlap must be 1 to {(window - 1) // stride} latent frames, got {overlap}")
-        num_chunks = 1 + -(-max(0, num_frames - window) // (window - kept))
+        num_chunks = 1 + (-(-(num_frames - window) // (window - kept)) if num_frames > window else 0)
+        shape = (len(prompts), *self.card.vae.latent_shape(min(num_frames, window), clip.height, clip.width))
+        if noise is not None and noise.shape != shape:
+            raise ConfigError(f"the noise must be shaped {list(shape)}, got {list(noise.shape)}")
         condition = self.text_condition(prompts)
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
 
         past, made = (None if image is None else image[:, :, None]), 0
         for chunk in range(num_chunks):
-            length = min(num_frames, window)
-            shape = (len(prompts), *self.card.vae.latent_shape(length, self.card.clip.height, self.card.clip.width))
             x = noise if chunk == 0 and noise is not None else _noise(shape, generators)
             frames, stopped = self._chunk(x, past, condition, sampling, progress, (chunk, num_chunks))
             fresh = frames if chunk == 0 else frames[:, :, kept:]
@@ -242,6 +263,8 @@ class Pipeline:
             def on_step(index: int, estimate: Tensor) -> None:
                 if progress.on_step is not None:
                     progress.on_step(chunk * sampling.num_steps + index + 1, num_chunks * sampling.num_steps)
+                if progress.on_preview is not None and (index + 1) % progress.preview_every == 0:
+                    progress.on_preview(self.vae.decode(estimate).float().clamp(-1, 1))
                 if progress.should_stop is not None and progress.should_stop():
                     raise _Stopped(estimate)
 
@@ -279,11 +302,31 @@ def model_folder(folder: Path) -> Path:
     )
 
 
+def read_card(folder: Path) -> ModelCard:
+    """Read what a model folder (or a run that holds one) says about its model, without the weights.
+
+    Raises:
+        CheckpointError: there is no model, or its card cannot be read.
+    """
+    path = model_folder(folder) / "model.json"
+    try:
+        return from_dict(ModelCard, json.loads(path.read_text()))
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        raise CheckpointError(f"{path} is not a model card this version reads: {error}") from error
+
+
 def fingerprint(folder: Path) -> str:
-    """Return the SHA-256 of a model's files, to tell one model from another."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a model's files, to tell one model from another.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+    folder, digest = model_folder(folder), hashlib.sha256()
     for name in ("model.json", "vae.safetensors", "dit.safetensors"):
-        digest.update((model_folder(folder) / name).read_bytes())
+        try:
+            digest.update((folder / name).read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {folder / name}: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -209,7 +209,7 @@ class CausalVAE(nn.Module):
         self.config.latent_shape(*clip.shape[2:])
         return self._encode(clip, None)[0]
 
-    def decode(self, latents: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B 3 T H W"]:
+    def decode(self, latents: Float[Tensor, "B c t h w"]) -> Float[Tensor, "B 3 T H W"]:
         """Decode latents to pixels (about [-1, 1], not clamped), with T = 1 + f (t - 1).
 
         Raises:
@@ -241,7 +241,7 @@ class CausalVAE(nn.Module):
         return posterior, EncoderState(layers, later if later.shape[2] else None)
 
     def decode_chunk(
-        self, latents: Float[Tensor, "B C T H W"], state: State = START
+        self, latents: Float[Tensor, "B c t h w"], state: State = START
     ) -> tuple[Float[Tensor, "B 3 T H W"], State]:
         """Decode the next latents of a stream; returns their frames and the state to pass with the next ones.
 
@@ -255,7 +255,7 @@ class CausalVAE(nn.Module):
         p = self.config.patch
         return rearrange(x, "B (C h w) T H W -> B C T (H h) (W w)", h=p, w=p), state
 
-    def stream_decode(self, chunks: Iterable[Float[Tensor, "B C T H W"]]) -> Iterator[Float[Tensor, "B 3 T H W"]]:
+    def stream_decode(self, chunks: Iterable[Float[Tensor, "B c t h w"]]) -> Iterator[Float[Tensor, "B 3 T H W"]]:
         """Decode latents as they come, at memory that does not grow with the clip."""
         state: State = START
         for latents in chunks:

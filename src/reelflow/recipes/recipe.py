@@ -153,21 +153,23 @@ class _Runner:
         self._claim()
         learned, unseen = self._clips()
         self.recipe.text(learned.captions() + unseen.captions())  # a caption that is too long stops the run here
-        vae = self._autoencoder(learned, unseen)
-        dit = None
-        if vae is not None:
-            latents = self._latents(vae, learned, "latents")
-            dit = self._transformer(vae, latents, self._latents(vae, unseen, "latents_unseen"))
         model = self.folder / "model"
-        if vae is None or dit is None:
+        vae = self._autoencoder(learned, unseen)
+        if vae is None:
             return Run(self.folder, None, self._seconds())
+        latents, unseen_latents = self._latents(vae, learned, "latents"), self._latents(vae, unseen, "latents_unseen")
         if not model.exists():
-            words = sorted({word for caption in learned.captions() for word in words_of(caption)})
-            card = ModelCard(
-                self.recipe.vae.model, self.recipe.dit.model, self.recipe.text, self.recipe.clip, self.recipe.sampling, tuple(words)
-            )
-            Pipeline(card, vae, dit).save(model)
+            dit = self._transformer(vae, latents, unseen_latents)
+            if dit is None:
+                return Run(self.folder, None, self._seconds())
+            Pipeline(self._card(learned.captions()), vae, dit).save(model)
         return Run(self.folder, model, self._seconds())
+
+    def _card(self, captions: list[str]) -> ModelCard:
+        recipe, words = self.recipe, {word for caption in captions for word in words_of(caption)}
+        return ModelCard(
+            recipe.vae.model, recipe.dit.model, recipe.text, recipe.clip, recipe.sampling, tuple(sorted(words))
+        )
 
     # The folder, and what has been spent in it
 
@@ -181,10 +183,10 @@ class _Runner:
                     f"or choose another folder"
                 )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and any(not found.name.endswith(".partial") for found in self.folder.iterdir()):
             raise ConfigError(f"{self.folder} holds files that are no run; choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, values)
+        write_json(path, values)
 
     def _seconds(self) -> dict[str, float]:
         return json.loads(self.seconds_file.read_text()) if self.seconds_file.is_file() else {}
@@ -194,7 +196,7 @@ class _Runner:
         """Show a stage's progress and add its time to what earlier sittings spent on it."""
         start = time.perf_counter()
         columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(title, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
         seconds = time.perf_counter() - start
@@ -202,7 +204,7 @@ class _Runner:
         self.console.print(f"{title}: {seconds:.0f} s", highlight=False)
 
     def _spent(self, name: str, seconds: float) -> None:
-        _write_json(self.seconds_file, {**self._seconds(), name: round(seconds, 2)})
+        write_json(self.seconds_file, {**self._seconds(), name: round(seconds, 2)})
 
     # Clips
 
@@ -295,7 +297,8 @@ class _Runner:
             return None
         load_weights(_best_weights(result.checkpoint), vae)
         vae.eval()
-        self._fit_statistics(vae, learned)
+        with self._stage("encode", "measuring the latents"):
+            self._fit_statistics(vae, learned)
         _write_tensors(final, vae)
         return vae
 
@@ -322,6 +325,7 @@ class _Runner:
         captions = clips.captions()
 
         def samples(on_clip: Callable[[int, int], None]) -> Iterator[dict[str, Tensor]]:
+            done = 0
             for part, caption in zip(clips.rows.split(8), _split(captions, 8), strict=True):
                 with torch.no_grad(), self._autocast(self.recipe.vae.training):
                     posterior = vae.encode(to_float(clips.store.batch("frames", part)))
@@ -334,7 +338,8 @@ class _Runner:
                         "context_mask": text.mask[index],
                         "vector": text.pooled[index],
                     }
-                on_clip(int(part.numel()), len(clips.rows))
+                done += len(part)
+                on_clip(done, len(clips.rows))
 
         with self._stage("encode", f"encoding {len(clips.rows):,} clips") as on_clip:
             write_store(folder, samples(on_clip), fingerprint=made_by, meta=[{"caption": caption} for caption in captions])
@@ -351,12 +356,8 @@ class _Runner:
         cost = dit_cost(stage.model, shape[1:], self.recipe.text.max_words)
 
         def preview(folder: Path, step: int) -> None:
-            card = ModelCard(
-                self.recipe.vae.model, stage.model, self.recipe.text, self.recipe.clip, self.recipe.sampling, words=()
-            )
             prompts = [str(unseen.meta(row)["caption"]) for row in range(min(4, len(unseen)))]
-            clips = Pipeline(card, vae, dit).generate(prompts)
-            dit.train()
+            clips = Pipeline(self._card(prompts), vae, dit).generate(prompts)
             write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in clips], columns=6)
 
         def batch(store: Store, rows: Tensor) -> LatentBatch:
@@ -418,7 +419,8 @@ def _differences(before: object, now: object, path: str = "") -> list[str]:
     return [] if before == now else [f"{path} was {before}, now {now}"]
 
 
-def _write_json(path: Path, values: object) -> None:
+def write_json(path: Path, values: object) -> None:
+    """Write `values` as JSON, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(values, indent=1))
     os.replace(partial, path)

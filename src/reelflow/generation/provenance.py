@@ -1,0 +1,119 @@
+"""All that is needed to make a clip again, written as JSON beside it: `out.mp4` has `out.json`.
+
+The same model, request and thread count give the same frames, bit for bit, on the same kind of machine with the same
+versions; the hash of the frames tells whether they did.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from reelflow.config import configuration, from_dict, to_dict
+from reelflow.errors import CheckpointError, ConfigError, MediaError
+from reelflow.generation.pipeline import Sampling
+
+__all__ = ["Provenance", "file_sha256", "versions_here"]
+
+
+@configuration
+class Provenance:
+    """A request, what it was put to, and what came of it."""
+
+    prompt: str
+    seed: int
+    num_frames: int  # asked for
+    sampling: Sampling
+    image: str | None
+    image_sha256: str | None
+    model: str
+    model_sha256: str
+    num_threads: int  # sums are split among threads, and their order shows in the last bits
+    versions: dict[str, str]
+    frames_made: int
+    frames_sha256: str | None  # of the 8-bit frames, T H W 3; None when a second Ctrl-C cut the writing short
+    interrupted_after: int | None  # steps; None when it was left to finish
+    format: Literal[1] = 1
+
+    @property
+    def interrupted(self) -> bool:
+        return self.interrupted_after is not None
+
+    @staticmethod
+    def path_beside(video: Path) -> Path:
+        """Return where the provenance of `video` lies."""
+        return video.with_suffix(".json")
+
+    @classmethod
+    def read(cls, path: Path) -> "Provenance":
+        """Read what `write` wrote.
+
+        Raises:
+            MediaError: the file is missing, or holds something else.
+        """
+        try:
+            return from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError, ConfigError) as error:
+            raise MediaError(f"{path} is not the JSON that reelflow writes beside a clip: {error}") from error
+
+    def write(self, path: Path) -> None:
+        """Write it whole or not at all, replacing what was there."""
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    def require(self, *, model_sha256: str, image_sha256: str | None) -> None:
+        """Refuse to make the clip again from another model or another first frame.
+
+        Raises:
+            CheckpointError: the model differs.
+            MediaError: the first frame differs.
+        """
+        if model_sha256 != self.model_sha256:
+            raise CheckpointError(
+                f"the clip was made with the model {self.model} of SHA-256 {self.model_sha256[:12]}..., but the model "
+                f"given has {model_sha256[:12]}...; say where the old one is with --model"
+            )
+        if image_sha256 != self.image_sha256:
+            raise MediaError(
+                f"the clip was made from the first frame {self.image} of SHA-256 {_short(self.image_sha256)}, but the "
+                f"image given has {_short(image_sha256)}; say where the old one is with --image"
+            )
+
+    def differences_here(self) -> list[str]:
+        """Name the versions that differ from those at hand, which may show in the last bits of the frames."""
+        here = versions_here()
+        return [
+            f"{name} was {self.versions.get(name)}, now {here.get(name)}"
+            for name in {**self.versions, **here}
+            if self.versions.get(name) != here.get(name)
+        ]
+
+
+def versions_here() -> dict[str, str]:
+    """Return what besides the request may move the last bits: software, and the processor's instruction set."""
+    packages = {name: version(name) for name in ("reelflow", "torch", "av")}
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {**packages, "python": platform.python_version(), "processor": processor}
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MediaError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"{digest[:12]}..."

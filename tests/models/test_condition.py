@@ -1,0 +1,92 @@
+from dataclasses import fields
+
+import pytest
+import torch
+
+from reelflow.errors import ConfigError
+from reelflow.models.condition import Condition
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: Condition, b: Condition) -> bool:
+    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(Condition)]
+    return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
+
+
+def full(seed: int = 0) -> Condition:
+    """Every door open."""
+    return Condition(
+        context=normal(2, 3, 5, seed=seed),
+        context_mask=normal(2, 3, seed=seed) > 0,
+        vector=normal(2, 4, seed=seed),
+        label=torch.tensor([1, 2]) + seed,
+        channels=normal(2, 1, 2, 2, 2, seed=seed),
+        residual=normal(2, 8, 6, seed=seed),
+    )
+
+
+def test_contexts_and_channels_stand_side_by_side_and_vectors_and_residuals_add():
+    a, b = full(), full(1)
+    b = Condition(**{f.name: getattr(b, f.name) for f in fields(b) if f.name != "label"})
+    both = a + b
+    assert torch.equal(both.context, torch.cat([a.context, b.context], dim=1))
+    assert torch.equal(both.context_mask, torch.cat([a.context_mask, b.context_mask], dim=1))
+    assert torch.equal(both.channels, torch.cat([a.channels, b.channels], dim=1))
+    assert torch.equal(both.vector, a.vector + b.vector)
+    assert torch.equal(both.residual, a.residual + b.residual)
+    assert torch.equal(both.label, a.label)
+
+
+def test_adding_nothing_changes_nothing():
+    unmasked = Condition(context=normal(2, 3, 5))
+    for condition in (full(), unmasked, Condition()):
+        assert same(condition + Condition(), condition)
+        assert same(Condition() + condition, condition)
+
+
+def test_a_context_without_a_mask_is_real_from_end_to_end():
+    masked, plain = (
+        Condition(context=normal(2, 3, 5), context_mask=torch.zeros(2, 3).bool()),
+        Condition(context=normal(2, 2, 5)),
+    )
+    assert (masked + plain).context_mask.tolist() == 2 * [[False, False, False, True, True]]
+    assert (plain + masked).context_mask.tolist() == 2 * [[True, True, False, False, False]]
+    assert (plain + plain).context_mask is None
+
+
+def test_two_labels_cannot_be_added():
+    with pytest.raises(ConfigError, match="two conditions name a class label"):
+        full() + full()
+
+
+def test_where_takes_each_sample_from_one_of_two():
+    a, b = full(), full(1)
+    mixed = a.where(torch.tensor([True, False]), b)
+    for field in fields(Condition):
+        ours, mine, theirs = (getattr(c, field.name) for c in (mixed, a, b))
+        assert torch.equal(ours[0], mine[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_one_null_row_serves_every_sample():
+    null = Condition(vector=torch.zeros(1, 4), label=torch.tensor([9]))
+    mixed = Condition(vector=normal(2, 4), label=torch.tensor([1, 2])).where(torch.tensor([False, True]), null)
+    assert mixed.label.tolist() == [9, 2]
+    assert not mixed.vector[0].any()
+    assert mixed.vector[1].all()
+    assert mixed.context is None
+
+
+def test_where_refuses_conditions_with_different_doors():
+    with pytest.raises(ConfigError, match="only one of them has vector"):
+        Condition(vector=normal(2, 4)).where(torch.tensor([True, False]), Condition())
+
+
+def test_only_floating_parts_take_a_dtype():
+    moved = full().to("cpu", torch.float64)
+    assert moved.context.dtype == moved.vector.dtype == moved.channels.dtype == moved.residual.dtype == torch.float64
+    assert (moved.context_mask.dtype, moved.label.dtype) == (torch.bool, torch.int64)
+    assert same(full().to("cpu"), full())

@@ -1,0 +1,264 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from reelflow.errors import ConfigError
+from reelflow.models.blocks import Dual, Single
+from reelflow.models.condition import Condition
+from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.nn.patchify import Patch
+
+FULL = DiTConfig(
+    in_channels=3,
+    dim=24,
+    num_heads=2,
+    layers=(Dual(mlp_ratio=2.0), Single(mlp_ratio=2.0)),
+    patch=Patch(1, 2, 2),
+    rope=(4, 4, 4),
+    context_dim=5,
+    vector_dim=4,
+    extra_channels=2,
+    num_classes=3,
+)
+BARE = replace(FULL, context_dim=0, vector_dim=0, extra_channels=0, num_classes=0)
+LAYERS = [(Dual(mlp_ratio=2.0),), (Single(mlp_ratio=2.0),), (Dual(), Single(), Single())]
+T, H, W = 3, 4, 6
+FRAME_TOKENS = H // 2 * (W // 2)
+TOKENS = T * FRAME_TOKENS
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def network(config: DiTConfig) -> VideoDiT:
+    """A model in which no part is silent: every parameter is drawn at random."""
+    torch.manual_seed(0)
+    model = VideoDiT(config).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def doors(batch: int = 2, *, residual: bool = True) -> Condition:
+    mask = torch.ones(batch, 4, dtype=torch.bool)
+    mask[0, 2:] = False
+    return Condition(
+        context=normal(batch, 4, 5, seed=1),
+        context_mask=mask,
+        vector=normal(batch, 4, seed=2),
+        label=torch.arange(batch) % 4,
+        channels=normal(batch, 2, T, H, W, seed=3),
+        residual=normal(batch, TOKENS, 24, seed=4) if residual else None,
+    )
+
+
+X, TIMES = normal(2, 3, T, H, W, seed=5), torch.tensor([0.2, 0.9], dtype=torch.float64)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_fresh_model_answers_zero():
+    torch.manual_seed(0)
+    y = VideoDiT(FULL).double()(X, TIMES, doors())
+    assert y.shape == X.shape
+    assert not y.any()
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("groups", [1, T, TOKENS])
+def test_equal_times_per_clip_per_frame_and_per_token_are_one_thing(layers, groups):
+    model = network(replace(FULL, layers=layers))
+    close(model(X, TIMES[:, None].expand(-1, groups), doors()), model(X, TIMES, doors()))
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_the_time_of_one_frame_is_felt_by_all_frames_of_its_clip_only(layers):
+    model, t = network(replace(FULL, layers=layers)), TIMES[:, None].repeat(1, T)
+    before = model(X, t, doors())
+    t[0, 1] += 0.1
+    after = model(X, t, doors())
+    assert (before[0] != after[0]).flatten(2).any(-1).any(0).all()
+    assert (before[0] - after[0]).abs().amax((0, 2, 3)).argmax() == 1
+    assert torch.equal(before[1], after[1])
+
+
+def test_a_time_per_frame_is_the_same_time_for_each_of_its_tokens():
+    model, t = network(FULL), torch.tensor([[1.0, 0.3, 0.3], [0.0, 0.5, 0.7]], dtype=torch.float64)
+    close(model(X, t.repeat_interleave(FRAME_TOKENS, dim=1), doors()), model(X, t, doors()))
+
+
+@pytest.mark.parametrize("door", ["context", "vector", "label", "channels", "residual"])
+@pytest.mark.parametrize("layers", LAYERS)
+def test_every_door_reaches_the_output(layers, door):
+    model, condition = network(replace(FULL, layers=layers)), doors()
+    part = getattr(condition, door)
+    other = replace(condition, **{door: part.flip(0) if door == "label" else 1.1 * part})
+    change = model(X, TIMES, condition) - model(X, TIMES, other)
+    assert (change.abs() > 1e-6).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("t", [TIMES, TIMES[:, None].expand(-1, T)])
+def test_masked_context_tokens_do_not_matter(t):
+    model, condition = network(FULL), doors()
+    noise = torch.where(condition.context_mask[..., None], condition.context, 30.0)
+    y = model(X, t, condition)
+    close(model(X, t, replace(condition, context=noise)), y)
+    shorter = Condition(**{**vars(condition), "context": condition.context[:, :2], "context_mask": None})
+    close(model(X, t, shorter)[0], y[0])
+    assert not torch.equal(model(X, t, replace(condition, context_mask=None)), y)
+
+
+def test_a_context_with_no_real_token_is_no_context():
+    """The empty prompt: nothing to attend to, and no NaN."""
+    config = replace(BARE, context_dim=5)
+    condition = Condition(context=normal(2, 4, 5), context_mask=torch.zeros(2, 4, dtype=torch.bool))
+    without = Condition(context=normal(2, 0, 5))
+    close(network(config)(X, TIMES, condition), network(config)(X, TIMES, without))
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_rows_of_a_batch_do_not_see_each_other(layers):
+    model, batch = network(replace(FULL, layers=layers)), normal(3, 3, T, H, W)
+    t, condition = torch.rand(3, T, generator=torch.Generator().manual_seed(0)).double(), doors(3)
+    together = model(batch, t, condition)
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = Condition(**{name: value[part] for name, value in vars(condition).items()})
+        close(model(batch[part], t[part], alone), together[part])
+
+
+@pytest.mark.parametrize("t", [TIMES, TIMES[:, None].expand(-1, T)])
+def test_gradients_reach_every_parameter(t):
+    model = network(FULL)
+    model(X, t, doors()).square().sum().backward()
+    untouched = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == []
+
+
+def test_only_what_a_last_dual_block_does_to_its_context_is_never_read():
+    model = network(replace(FULL, layers=(Single(), Dual())))
+    model(X, TIMES, doors()).square().sum().backward()
+    untouched = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    parts = (
+        "project.norm_q.weight",
+        "out.weight",
+        "out.bias",
+        "mlp.up.weight",
+        "mlp.up.bias",
+        "mlp.down.weight",
+        "mlp.down.bias",
+    )
+    assert untouched == {f"blocks.1.context.{part}" for part in parts}
+
+
+def expected_parameters(c: DiTConfig) -> int:
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    dim, cells, gated = c.dim, c.patch.t * c.patch.h * c.patch.w, c.activation in ("geglu", "swiglu")
+    total = linear((c.in_channels + c.extra_channels) * cells, dim) + linear(dim, c.in_channels * cells)
+    total += linear(256, dim) + linear(dim, dim) + linear(dim, 2 * dim)
+    total += (linear(c.vector_dim, dim) + linear(dim, dim)) * bool(c.vector_dim)
+    total += linear(c.context_dim, dim) * bool(c.context_dim) + (c.num_classes + 1) * dim * bool(c.num_classes)
+    for layer in c.layers:
+        hidden = round(layer.mlp_ratio * dim)
+        up, project = linear(dim, hidden * (1 + gated)), linear(dim, 3 * dim) + 2 * dim // c.num_heads
+        if isinstance(layer, Dual):
+            total += 2 * (linear(dim, 6 * dim) + project + linear(dim, dim) + up + linear(hidden, dim))
+        else:
+            total += linear(dim, 3 * dim) + project + up + linear(dim + hidden, dim)
+    return total
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    base=st.sampled_from([FULL, BARE]),
+    layers=st.lists(st.sampled_from([Dual(), Single(mlp_ratio=2.5)]), max_size=3),
+    activation=st.sampled_from(["gelu_tanh", "relu2", "swiglu"]),
+    patch=st.tuples(*3 * [st.integers(1, 2)]),
+)
+def test_parameters_are_counted_by_formula(base, layers, activation, patch):
+    config = replace(base, layers=tuple(layers), activation=activation, patch=Patch(*patch))
+    with torch.device("meta"):
+        model = VideoDiT(config)
+    assert sum(p.numel() for p in model.parameters()) == expected_parameters(config)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)), patch=st.tuples(*3 * [st.integers(1, 2)])
+)
+def test_one_model_takes_any_number_of_frames_and_any_size(grid, patch):
+    model = network(replace(BARE, patch=Patch(*patch)))
+    x = normal(1, 3, *(n * p for n, p in zip(grid, patch, strict=True)))
+    y = model(x, torch.zeros(1, dtype=torch.float64))
+    assert y.shape == x.shape
+    assert y.any()
+
+
+def test_frames_have_an_order_and_rows_and_columns_a_place():
+    model, y = network(BARE), network(BARE)(X, TIMES)
+    for axis in (2, 3, 4):
+        assert not torch.allclose(model(X.flip(axis), TIMES).flip(axis), y, atol=1e-3)
+
+
+@pytest.mark.parametrize("t", [TIMES, TIMES[:, None].expand(-1, T)])
+def test_bfloat16_autocast_stays_near_float32(t):
+    model, x = network(FULL).float(), X.float()
+    condition = doors().to("cpu", torch.float32)
+    exact = model(x, t.float(), condition)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(x, t.float(), condition)
+    assert (rough.float() - exact).norm() < 0.03 * exact.norm()
+
+
+FITTING = doors(residual=False)
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "condition", "message"),
+    [
+        (X[..., :3], TIMES, FITTING, r"latent width must be a multiple of the patch \(2\), got 3; nearest: 2 or 4"),
+        (X[:, :2], TIMES, FITTING, "the model reads 3 latent channels, got 2"),
+        (X, torch.zeros(2, 2), FITTING, r"t takes 1, 3 \(frames\) or 18 \(tokens\) values per clip, got 2"),
+        (X, TIMES, replace(FITTING, channels=None), "2 channels beside the latents, got 0"),
+        (X, TIMES, replace(FITTING, channels=FITTING.channels[:, :1]), "2 channels beside the latents, got 1"),
+        (X, TIMES, replace(FITTING, context=None), r"the model needs condition\.context"),
+        (X, TIMES, replace(FITTING, vector=None), r"the model needs condition\.vector"),
+        (X, TIMES, replace(FITTING, label=None), r"the model needs condition\.label"),
+        (X, TIMES, replace(FITTING, context=normal(2, 4, 6)), r"reads condition\.context of width 5, got 6"),
+        (X, TIMES, replace(FITTING, vector=normal(2, 3)), r"reads condition\.vector of width 4, got 3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x, t, condition, message):
+    with pytest.raises(ConfigError, match=message):
+        VideoDiT(FULL).double()(x, t, condition)
+
+
+@pytest.mark.parametrize("door", ["context", "vector", "label"])
+def test_a_closed_door_is_refused(door):
+    with pytest.raises(ConfigError, match=rf"no door for condition\.{door}"):
+        VideoDiT(BARE).double()(X, TIMES, Condition(**{door: getattr(FITTING, door)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, r"dim must be a multiple of num_heads \(5\), got 24; nearest: 25"),
+        ({"num_heads": 0}, "got 24"),
+        ({"dim": 0}, "nearest: 2"),
+        ({"rope": (4, 4, 6)}, r"sum to the head dim 12, got \(4, 4, 6\) \(sum 14\); for example \(4, 4, 4\)"),
+        ({"patch": Patch(1, 0, 2)}, "patch must be at least 1"),
+        ({"in_channels": 0}, "in_channels and patch must be at least 1, got 0"),
+    ],
+)
+def test_an_impossible_shape_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(FULL, **changes)
