@@ -66,6 +66,13 @@ def test_a_frames_vector_changes_what_its_tokens_say_to_all_others(spec):
 
 
 @SPECS
+def test_context_tokens_follow_their_own_vector_when_frames_differ(spec):
+    s = streams(groups=FRAMES)
+    for before, after in zip(block(spec)(s), block(spec)(replace(s, context_vector=-s.context_vector)), strict=True):
+        assert (before != after).any(-1).all()
+
+
+@SPECS
 def test_a_block_is_its_written_sum_of_branches(spec):
     """One head without rotation, one clip, one group: computed again from the parts, by the paper's formula."""
     torch.manual_seed(0)

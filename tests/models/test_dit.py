@@ -94,6 +94,14 @@ def test_a_time_per_frame_is_the_same_time_for_each_of_its_tokens():
     close(model(X, t.repeat_interleave(FRAME_TOKENS, dim=1), doors()), model(X, t, doors()))
 
 
+def test_the_context_is_told_the_time_of_the_noisiest_frame():
+    model, t, seen = network(FULL), torch.tensor([[1.0, 0.3, 0.8], [0.4, 0.5, 0.1]], dtype=torch.float64), []
+    model.blocks[0].register_forward_pre_hook(lambda block, arguments: seen.append(*arguments))
+    for times in (t, t.amin(1)):
+        model(X, times, doors())
+    assert torch.equal(seen[0].context_vector, seen[1].context_vector)
+
+
 @pytest.mark.parametrize("door", ["context", "vector", "label", "channels", "residual"])
 @pytest.mark.parametrize("layers", LAYERS)
 def test_every_door_reaches_the_output(layers, door):

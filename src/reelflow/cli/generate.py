@@ -23,98 +23,93 @@ __all__ = ["generate"]
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to show; \"\" lets the model choose.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help='What to show; "" lets the model choose.')] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The clip: .mp4, .webm, .gif or .mkv (lossless).")],
     model: Annotated[Path | None, typer.Option(help="A run or model folder.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame: an image, or a video's first frame.")] = None,
     frames: Annotated[int | None, typer.Option(help="Length; longer than the model's is made in chunks.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another seed, another clip [default: 0].", min=0, max=2**63 - 1)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Another seed, another clip [default: 0].", min=0, max=2**63 - 1)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps [default: the model's].")] = None,
     guidance: Annotated[float | None, typer.Option(help="How hard to follow the prompt; 1 = no guidance.")] = None,
     shift: Annotated[float | None, typer.Option(help="More than 1 spends more steps near noise.")] = None,
     sampler: Annotated[Literal["euler", "heun"] | None, typer.Option(help="heun costs two evaluations a step.")] = None,
     again: Annotated[Path | None, typer.Option("--from", help="Make the clip of this JSON again, bit for bit.")] = None,
-    preview: Annotated[Path | None, typer.Option(help="A .png of the clip as known so far, renewed as it grows.")] = None,
+    preview: Annotated[
+        Path | None, typer.Option(help="A .png of the clip as known so far, renewed as it grows.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
 ) -> int:
     """Make a clip from a prompt. Ctrl-C keeps what there is."""
-    asked = {"--frames": frames, "--seed": seed, "--steps": steps, "--guidance": guidance}
-    asked |= {"--shift": shift, "--sampler": sampler, "a prompt": prompt}
-    extra = [name for name, value in asked.items() if value is not None]
-    if again is not None and extra:
-        raise ConfigError(f"--from makes the same clip again; leave out {', '.join(extra)}")
+    changes = {"num_steps": steps, "guidance_scale": guidance, "shift": shift, "sampler": sampler}
+    changes = {name: value for name, value in changes.items() if value is not None}  # of the model's own sampling
+    if again is not None and (changes or any(value is not None for value in (prompt, frames, seed))):
+        raise ConfigError("--from makes the same clip again: leave out the prompt, --frames, --seed and the sampling")
     if again is None and prompt is None:
         raise ConfigError('give a prompt, such as "a red ring moving left", or --from FILE.json')
     if again is None and model is None:
         raise ConfigError("give the model to use: --model RUN (make one with: reelflow train)")
 
+    from reelflow.config import from_dict, to_dict
     from reelflow.data.video import VideoWriter
-    from reelflow.generation.pipeline import fingerprint, read_card
-    from reelflow.generation.provenance import Provenance, file_sha256, versions_here
+    from reelflow.generation.pipeline import Sampling, read_card
+    from reelflow.generation.provenance import Provenance
 
-    told = Provenance.read(again) if again is not None else None
+    told = None if again is None else Provenance.read(again)
+    beside = Provenance.path_beside(out)
     new_file(out, overwrite=overwrite)
-    new_file(Provenance.path_beside(out), overwrite=overwrite)
+    new_file(beside, overwrite=overwrite)
     if preview is not None:
         new_file(preview, ".png", overwrite=overwrite)
-    model = model or Path(told.model)  # type: ignore[union-attr]
+    if told is not None:
+        model, image = model or Path(told.model), image or (Path(told.image) if told.image else None)
+    assert model is not None
     card = read_card(model)
     VideoWriter(out, fps=card.clip.fps)  # refuses a suffix it cannot write
-    if told is not None:
-        image = image or (Path(told.image) if told.image else None)
-    image_sha256 = file_sha256(image) if image is not None else None
-    if told is not None:
-        told.require(model_sha256=fingerprint(model), image_sha256=image_sha256)
-        _warn_of_differences(told)
-        request = told
-    else:
-        changes = {"num_steps": steps, "guidance_scale": guidance, "shift": shift, "sampler": sampler}
-        request = Provenance(
-            prompt=_checked(prompt or "", card),
+    if told is None:
+        request = Provenance.of(
+            _checked(prompt or "", card),
             seed=seed or 0,
             num_frames=card.clip.num_frames if frames is None else frames,
-            sampling=replace(card.sampling, **{name: value for name, value in changes.items() if value is not None}),
-            image=None if image is None else str(image.resolve()),
-            image_sha256=image_sha256,
-            model=str(model.resolve()),
-            model_sha256=fingerprint(model),
-            num_threads=_num_threads(),
-            versions=versions_here(),
-            frames_made=0,
-            frames_sha256=None,
-            interrupted_after=None,
+            sampling=from_dict(Sampling, to_dict(card.sampling) | changes),
+            model=model,
+            image=image,
         )
-    first_frame = _first_frame(image, card) if image is not None else None
+    else:
+        request = told.again(model=model, image=image)
+        _warn_of_differences(told)
+    first_frame = None if image is None else _first_frame(image, card)
     card.check(num_frames=request.num_frames, image=first_frame)
-    start = time.perf_counter()
-    made = _make(request, card, model, first_frame, out, preview, again=told is not None)
 
+    start = time.perf_counter()
+    made = _make(request, told, card, model, first_frame, out, preview)
     seconds = time.perf_counter() - start
-    clip = f"{made.frames_made} frames, {card.clip.width} x {card.clip.height} at {card.clip.fps:g} fps"
-    print(f"{out}: {clip}, in {seconds:.1f} s; {Provenance.path_beside(out)} makes it again")
-    if told is not None and made.frames_sha256 is not None:
-        if told.frames_sha256 not in (None, made.frames_sha256):
-            warn(f"these frames are not those of {again}, bit for bit")
-            return 1
-        print(f"the same frames as {again}'s, bit for bit" if told.frames_sha256 else f"{again} holds no hash to compare")
-    elif made.interrupted:
-        print(f"stopped after {made.interrupted_after} steps; --from {Provenance.path_beside(out)} stops there too")
+    print(
+        f"{out}: {made.frames_made} frames of {card.clip.width} x {card.clip.height} at {card.clip.fps:g} fps in "
+        f"{seconds:.1f} s, seed {made.seed}; {beside} makes it again"
+    )
+    if made.interrupted_after != (None if told is None else told.interrupted_after):
+        print(f"stopped after {made.interrupted_after} steps, and so would --from {beside}")
         return INTERRUPTED
-    return 0
+    if told is None or told.frames_sha256 is None:
+        return 0
+    same = made.frames_sha256 == told.frames_sha256
+    print(f"the same frames as {again} tells of, bit for bit" if same else f"NOT the frames that {again} tells of")
+    return 0 if same else 1
 
 
 def _make(
     request: "Provenance",
+    told: "Provenance | None",
     card: "ModelCard",
     model: Path,
     first_frame: "Tensor | None",
     out: Path,
     preview: Path | None,
-    *,
-    again: bool,
 ) -> "Provenance":
-    """Write the clip and its JSON, and return what the JSON says; with `again`, stop where the last time stopped."""
+    """Write the clip and its JSON, and return what the JSON says; stop where `told` says that it was stopped."""
     import torch
 
     from reelflow.data.video import VideoWriter, write_contact_sheet
@@ -123,8 +118,8 @@ def _make(
 
     torch.set_num_threads(request.num_threads)
     pipeline = Pipeline.load(model)
-    last_frame = request.frames_made if again else request.num_frames
-    last_step = request.interrupted_after if again else None
+    last_frame = request.num_frames if told is None else told.frames_made
+    last_step = None if told is None else told.interrupted_after
     steps, stopped_after, num_frames, digest = 0, None, 0, hashlib.sha256()
 
     with (
@@ -162,7 +157,7 @@ def _make(
                 for part in stream:
                     new = to_frames(part[0])[: last_frame - num_frames].contiguous()
                     writer.write(new)
-                    digest.update(new.numpy())
+                    digest.update(new.numpy().tobytes())
                     num_frames += len(new)
                     if num_frames == last_frame:
                         break
@@ -205,15 +200,9 @@ def _first_frame(image: Path, card: "ModelCard") -> "Tensor":
     return read_clip(image, num_frames=1, size=(height, width)).to_float()[None, :, 0]
 
 
-def _num_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
 def _warn_of_differences(told: "Provenance") -> None:
     differences = told.differences_here()
     if differences:
         warn(f"the last bits may differ: {'; '.join(differences)}")
-    if told.interrupted:
+    if told.interrupted_after is not None:
         print(f"it was interrupted after {told.interrupted_after} steps, and will be again", file=sys.stderr)

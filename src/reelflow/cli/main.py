@@ -32,11 +32,11 @@ app.add_typer(data, name="data")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run, its clips and index.html.")] = Path("demo"),
 ) -> int:
-    """Learn to make videos from prompts on this CPU, and write a page that shows how well."""
+    """Learn to make videos on this CPU. Writes a page that shows how well, and exits with 1 when it is not well enough."""
     from reelflow.cli.terminal import stdout
     from reelflow.recipes.demo import demo as run_demo
 
-    return 0 if run_demo(out, stdout()) else 1
+    return 0 if run_demo(out, console=stdout()) else 1
 
 
 def _print_version(asked: bool) -> None:

@@ -28,7 +28,6 @@ from torch import Tensor
 from reelflow.errors import ConfigError, MediaError, nearest
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "VIDEO_SUFFIXES",
     "Clip",
     "VideoInfo",
@@ -45,7 +44,6 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg"),
     *(".ts", ".m2ts", ".mts", ".wmv", ".flv", ".ogv", ".3gp", ".mxf"),
 )
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 SMALL = 512 * 512  # pixels per frame up to which threads cost more than they bring
 REFUSED_FORMATS = {"tty", "hls", "dash", "concat", "imf"}  # text shown as pixels, and lists that name other files
@@ -230,7 +228,7 @@ def _decoded(container: Any, stream: Any, *, start: float | int) -> Iterator[tup
         decoder.thread_count = 1
     else:
         decoder.thread_type = "AUTO"
-    origin, rate = stream.start_time, _rate(stream)
+    origin, rate, tick = stream.start_time, _rate(stream), float(stream.time_base)
     if start > 0 and origin is not None:
         with suppress(av.FFmpegError):  # not seekable: decode from the beginning
             container.seek(origin + int(start / stream.time_base), stream=stream)
@@ -241,8 +239,8 @@ def _decoded(container: Any, stream: Any, *, start: float | int) -> Iterator[tup
             time = index / rate  # a raw stream without a clock
         else:
             origin = frame.pts if origin is None else origin
-            time = float((frame.pts - origin) * stream.time_base)
-        end = time + (float(frame.duration * stream.time_base) or 1 / rate)
+            time = (frame.pts - origin) * tick
+        end = time + (frame.duration * tick or 1 / rate)
         yield time, frame
     claimed = _claimed_seconds(container, stream) or 0
     if claimed - end > max(2 / rate, 0.05 * claimed):
@@ -362,7 +360,7 @@ _ENCODINGS = {
         "webm", "libvpx-vp9", "yuv420p", {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4"}, subsampled=True
     ),
     ".gif": _Encoding("gif", "gif", "pal8", {}),
-    ".mkv": _Encoding("matroska", "ffv1", "bgr0", {"level": "3"}),  # lossless
+    ".mkv": _Encoding("matroska", "ffv1", "bgr0", {"level": "1"}),  # lossless; level 3 slices, and fails on thin frames
 }
 
 

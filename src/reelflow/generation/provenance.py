@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ import torch
 
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.errors import CheckpointError, ConfigError, MediaError
-from reelflow.generation.pipeline import Sampling
+from reelflow.generation.pipeline import Sampling, fingerprint
 
 __all__ = ["Provenance", "file_sha256", "versions_here"]
 
@@ -35,14 +36,33 @@ class Provenance:
     model_sha256: str
     num_threads: int  # sums are split among threads, and their order shows in the last bits
     versions: dict[str, str]
-    frames_made: int
-    frames_sha256: str | None  # of the 8-bit frames, T H W 3; None when a second Ctrl-C cut the writing short
-    interrupted_after: int | None  # steps; None when it was left to finish
+    frames_made: int = 0
+    frames_sha256: str | None = None  # of the 8-bit frames, T H W 3; None when a second Ctrl-C cut the writing short
+    interrupted_after: int | None = None  # steps; None when it was left to finish
     format: Literal[1] = 1
 
-    @property
-    def interrupted(self) -> bool:
-        return self.interrupted_after is not None
+    @classmethod
+    def of(
+        cls, prompt: str, *, seed: int, num_frames: int, sampling: Sampling, model: Path, image: Path | None
+    ) -> "Provenance":
+        """Describe a request before it is carried out.
+
+        Raises:
+            CheckpointError: there is no model there.
+            MediaError: the image cannot be read.
+        """
+        return cls(
+            prompt=prompt,
+            seed=seed,
+            num_frames=num_frames,
+            sampling=sampling,
+            image=None if image is None else str(image.resolve()),
+            image_sha256=None if image is None else file_sha256(image),
+            model=str(model.resolve()),
+            model_sha256=fingerprint(model),
+            num_threads=torch.get_num_threads(),
+            versions=versions_here(),
+        )
 
     @staticmethod
     def path_beside(video: Path) -> Path:
@@ -67,23 +87,28 @@ class Provenance:
         partial.write_text(json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
 
-    def require(self, *, model_sha256: str, image_sha256: str | None) -> None:
-        """Refuse to make the clip again from another model or another first frame.
+    def again(self, *, model: Path | None = None, image: Path | None = None) -> "Provenance":
+        """Return the same request, put to the same model here; say where model and image are if they have moved.
 
         Raises:
-            CheckpointError: the model differs.
-            MediaError: the first frame differs.
+            CheckpointError: there is no model there, or another one.
+            MediaError: the first frame is missing, or another one.
         """
-        if model_sha256 != self.model_sha256:
+        model, image = model or Path(self.model), image or (Path(self.image) if self.image else None)
+        request = Provenance.of(
+            self.prompt, seed=self.seed, num_frames=self.num_frames, sampling=self.sampling, model=model, image=image
+        )
+        if request.model_sha256 != self.model_sha256:
             raise CheckpointError(
-                f"the clip was made with the model {self.model} of SHA-256 {self.model_sha256[:12]}..., but the model "
-                f"given has {model_sha256[:12]}...; say where the old one is with --model"
+                f"the clip was made by the model {self.model} of SHA-256 {self.model_sha256[:12]}..., but {model} has "
+                f"{request.model_sha256[:12]}...; say where the old one is (--model)"
             )
-        if image_sha256 != self.image_sha256:
+        if request.image_sha256 != self.image_sha256:
             raise MediaError(
-                f"the clip was made from the first frame {self.image} of SHA-256 {_short(self.image_sha256)}, but the "
-                f"image given has {_short(image_sha256)}; say where the old one is with --image"
+                f"the clip was made from {self.image or 'no first frame'} of SHA-256 {_short(self.image_sha256)}, but "
+                f"{image} has {_short(request.image_sha256)}; say where the old one is (--image)"
             )
+        return replace(request, num_threads=self.num_threads)
 
     def differences_here(self) -> list[str]:
         """Name the versions that differ from those at hand, which may show in the last bits of the frames."""

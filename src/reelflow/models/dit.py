@@ -1,6 +1,6 @@
 """The video transformer: embed the latents' patches, walk a list of blocks, read out a prediction.
 
-    tokens  = linear(patches [+ channels door]) [+ residual door]
+    tokens  = linear(patches [+ channels door]) [+ sin-cos positions] [+ residual door]
     context = linear(context door)
     vector  = embed(t) [+ embed(vector door)] [+ class row]          one per clip, per frame or per token
     tokens  = blocks(tokens, context, vector, rotary positions)
@@ -10,6 +10,7 @@ What the output means (velocity, noise, data) is not the network's affair; it le
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from reelflow.config import configuration
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Layer, Streams, build_block
 from reelflow.models.condition import Condition
-from reelflow.nn.embed import TimeEmbedding, VectorEmbedding
+from reelflow.nn.embed import TimeEmbedding, VectorEmbedding, grid_sinusoid
 from reelflow.nn.mlp import Activation
 from reelflow.nn.modulation import Modulation, modulate
 from reelflow.nn.patchify import Grid, Patch, patchify, token_grid, unpatchify
@@ -42,7 +43,8 @@ class DiTConfig:
     layers: tuple[Layer, ...]
     patch: Patch = Patch(1, 2, 2)
     rope: tuple[int, int, int] = (16, 24, 24)  # head channels turned by t, h, w
-    rope_theta: float = 10_000.0
+    absolute: Literal["none", "sincos"] = "none"  # positions added to the tokens, beside the rotary ones
+    theta: float = 10_000.0  # base of rotary and absolute frequencies; about 100 suits grids of a few tokens a side
     activation: Activation = "gelu_tanh"
     context_dim: int = 0  # width of the context door's features; 0 closes it
     vector_dim: int = 0  # width of the vector door's features; 0 closes it
@@ -100,6 +102,9 @@ class VideoDiT(nn.Module):
         t = self._check(latents, t, grid, condition)
         x = latents if condition.channels is None else torch.cat([latents, condition.channels], dim=1)
         x = self.embed(patchify(x, self.config.patch))
+        positions = grid_positions(*grid, device=x.device)
+        if self.config.absolute == "sincos":
+            x = x + grid_sinusoid(positions, self.config.dim, max_period=self.config.theta).to(x.dtype)
         if condition.residual is not None:
             x = x + condition.residual
         vector = self.time(t) + self._vector(condition)
@@ -110,7 +115,7 @@ class VideoDiT(nn.Module):
             vector=vector,
             # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
             context_vector=vector if t.shape[1] == 1 else self.time(t.amin(1, keepdim=True)) + self._vector(condition),
-            rope=self._rope(grid, x),
+            rope=rope_table(positions, self.config.rope, theta=self.config.theta).to(x.dtype),
             mask=self._mask(condition, grid),
         )
         for block in self.blocks:
@@ -159,7 +164,3 @@ class VideoDiT(nn.Module):
             return None
         seen = condition.context_mask.new_ones(condition.context_mask.shape[0], grid.num_tokens)
         return torch.cat([condition.context_mask, seen], dim=1)[:, None, None]
-
-    def _rope(self, grid: Grid, x: Tensor) -> Float[Tensor, "N half 2"]:
-        positions = grid_positions(*grid, device=x.device)
-        return rope_table(positions, self.config.rope, theta=self.config.rope_theta).to(x.dtype)

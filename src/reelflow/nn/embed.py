@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["TimeEmbedding", "VectorEmbedding", "sinusoid"]
+__all__ = ["TimeEmbedding", "VectorEmbedding", "grid_sinusoid", "sinusoid"]
 
 
 def sinusoid(x: Float[Tensor, "*shape"], dim: int, *, max_period: float = 10_000.0) -> Float[Tensor, "*shape {dim}"]:
@@ -17,6 +17,15 @@ def sinusoid(x: Float[Tensor, "*shape"], dim: int, *, max_period: float = 10_000
     frequencies = torch.exp(torch.arange(half, dtype=dtype, device=x.device) * (-math.log(max_period) / half))
     angles = x.to(dtype)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def grid_sinusoid(
+    positions: Float[Tensor, "N axes"], dim: int, *, max_period: float = 10_000.0
+) -> Float[Tensor, "N {dim}"]:
+    """Return the sinusoids of every axis side by side, an even share of channels each; what is left over is zero."""
+    share = dim // positions.shape[1] // 2 * 2
+    parts = [sinusoid(axis, share, max_period=max_period) for axis in positions.unbind(-1)]
+    return F.pad(torch.cat(parts, dim=-1), (0, dim - share * positions.shape[1]))
 
 
 class VectorEmbedding(nn.Module):

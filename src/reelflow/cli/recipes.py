@@ -1,0 +1,33 @@
+"""The recipes that can be named on the command line."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from reelflow.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from reelflow.recipes.recipe import Recipe
+
+__all__ = ["find_recipe", "known_recipes"]
+
+
+def known_recipes() -> dict[str, Callable[[], "Recipe"]]:
+    """Return every recipe by the name of its function."""
+    from reelflow.recipes.folder import folder
+    from reelflow.recipes.world import world
+
+    return {recipe.__name__: recipe for recipe in (world, folder)}
+
+
+def find_recipe(name: str, assignments: Sequence[str]) -> "Recipe":
+    """Return the recipe of this name with each `path=value` applied.
+
+    Raises:
+        ConfigError: there is no such recipe (offers the nearest), or a value is refused.
+    """
+    from reelflow.config import set_values
+
+    known = known_recipes()
+    if name not in known:
+        raise ConfigError(f"no recipe is called {name!r}; {nearest(name, known)}")
+    return set_values(known[name](), assignments)
