@@ -13,9 +13,13 @@ from torch import Tensor
 
 from reelflow.nn import attention
 
-BATCH, HEADS, HEAD_DIM = 8, 6, 64
+HEADS, HEAD_DIM, BATCH_TOKENS = 4, 64, 3000  # as in the transformer of `make demo`
 TOKENS = (90, 330, 770, 1300)
 SECONDS = 3.0  # per row
+
+
+def batch_of(num_tokens: int) -> int:
+    return BATCH_TOKENS // num_tokens
 
 
 def seconds_of(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> float:
@@ -28,7 +32,7 @@ def seconds_of(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k:
 def compare(num_tokens: int, dtype: torch.dtype) -> tuple[float, float, int]:
     """Return the median seconds of the score matrix and of the fused kernel, and over how many turns."""
     generator = torch.Generator().manual_seed(0)
-    shape = (BATCH, HEADS, num_tokens, HEAD_DIM)
+    shape = (batch_of(num_tokens), HEADS, num_tokens, HEAD_DIM)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3))
 
     def short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -43,7 +47,9 @@ def compare(num_tokens: int, dtype: torch.dtype) -> tuple[float, float, int]:
 
 
 def main() -> None:
-    print(f"batch {BATCH}, {HEADS} heads of {HEAD_DIM}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{BATCH_TOKENS} tokens a batch, {HEADS} heads of {HEAD_DIM}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print("FLOP = 3 * 4 * batch * heads * tokens^2 * head_dim: two products of 2 N^2 d, three times with the gradients")
     print(f"attend() takes the score matrix up to {attention.SHORT} x {attention.SHORT} tokens on a CPU\n")
     print(
@@ -52,7 +58,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for num_tokens in TOKENS:
             ours, fused, turns = compare(num_tokens, dtype)
-            flops = 3 * 4 * BATCH * HEADS * num_tokens**2 * HEAD_DIM
+            flops = 3 * 4 * batch_of(num_tokens) * HEADS * num_tokens**2 * HEAD_DIM
             name = str(dtype).removeprefix("torch.")
             print(
                 f"{name:>8} {num_tokens:>6} {1e3 * ours:>10.2f} {1e3 * fused:>10.2f} {fused / ours:>12.2f}"

@@ -1,251 +1,370 @@
-"""What goes into a store comes out, in any order, and a store that is torn, hostile or of another making is refused."""
-
 import json
-import resource
 import shutil
+from pathlib import Path
 
-import numpy as np
+import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from reelflow.data import store as store_module
 from reelflow.data.folder import ClipSpec
-from reelflow.data.store import Sample, Skipped, Store, build_clip_store, write_store
+from reelflow.data.store import Store, build_clip_store, write_store
 from reelflow.data.video import read_clip, write_video
-from reelflow.errors import ConfigError, DataError
+from reelflow.errors import DataError, MediaError
 
-MADE_BY = {"vae": {"hash": "abc", "channels": 16}, "sizes": (1, 2)}
-
-
-def samples(count, shape=(2, 3)):
-    generator = torch.Generator().manual_seed(0)
-    for k in range(count):
-        yield Sample({"mean": torch.randn(shape, generator=generator), "k": torch.tensor(k)}, {"caption": f"n° {k}"})
+SPEC = ClipSpec(num_frames=4, height=8, width=8, fps=8.0)
+MADE_BY = {"vae": "a" * 64, "clip": {"fps": 8.0}}
 
 
-@pytest.fixture
-def store(tmp_path):
-    return write_store(tmp_path / "store", samples(7), fingerprint=MADE_BY, num_samples_per_shard=3)
+def numbers(count, shape=(2, 3), *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"x": torch.randn(*shape, generator=generator)} for _ in range(count)]
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    count=st.integers(1, 9),
-    per_shard=st.integers(1, 5),
-    shape=st.lists(st.integers(1, 4), max_size=4),
-    dtype=st.sampled_from([torch.uint8, torch.float32, torch.bfloat16, torch.int64, torch.bool]),
-    data=st.data(),
-)
-def test_gathering_equals_stacking(tmp_path_factory, count, per_shard, shape, dtype, data):
-    rows = torch.randint(0, 2, (count, *shape)).to(dtype)
-    folder = tmp_path_factory.mktemp("store") / "store"
-    write_store(
-        folder, (Sample({"x": row}, k) for k, row in enumerate(rows)), fingerprint={}, num_samples_per_shard=per_shard
-    )
-    store = Store.open(folder)
-    indices = data.draw(st.lists(st.integers(0, count - 1), max_size=12))
-    drawn = store.batch("x", torch.tensor(indices, dtype=torch.int64))
-    assert drawn.dtype == dtype
-    assert torch.equal(drawn, rows[indices])
-    assert torch.equal(store.batch("x", indices), rows[indices])
-    assert [store.meta(k) for k in indices] == indices
-    assert (len(store), store.keys, store.shape("x")) == (count, ["x"], tuple(shape))
+def small_store(folder, count=5, *, samples_per_shard=2):
+    samples = numbers(count)
+    meta = [{"caption": f"clip {row}"} for row in range(count)]
+    write_store(folder, samples, fingerprint=MADE_BY, meta=meta, samples_per_shard=samples_per_shard)
+    return torch.stack([sample["x"] for sample in samples])
 
 
-def test_a_batch_is_a_copy(store):
-    store.batch("mean", [0]).zero_()
-    assert store.batch("mean", [0]).abs().sum() > 0
-
-
-@pytest.mark.parametrize("index", [-1, 7])
-def test_an_index_out_of_range_is_refused(store, index):
-    with pytest.raises(IndexError, match="holds samples 0 to 6"):
-        store.batch("k", [0, index])
-    with pytest.raises(IndexError, match="holds samples 0 to 6"):
-        store.meta(index)
-
-
-def test_what_was_skipped_is_listed(tmp_path):
-    mixed = [Skipped("a.mp4", "broken"), *samples(2), Skipped("b.mp4", "short")]
-    store = write_store(tmp_path / "store", mixed, fingerprint={})
-    assert len(store) == 2
-    assert Store.open(store.folder).skipped == [Skipped("a.mp4", "broken"), Skipped("b.mp4", "short")]
-
-
-def test_samples_that_differ_are_refused_by_number(tmp_path):
-    wrong = {
-        "shape": {"mean": torch.zeros(3, 2), "k": torch.tensor(0)},
-        "dtype": {"mean": torch.zeros(2, 3).half(), "k": torch.tensor(0)},
-        "keys": {"mean": torch.zeros(2, 3)},
-    }
-    for name, tensors in wrong.items():
-        with pytest.raises(DataError, match=r"sample 4 holds .*, the first holds k int64 \(\), mean float32 \(2, 3\)"):
-            write_store(tmp_path / name, [*samples(4), Sample(tensors)], fingerprint={}, num_samples_per_shard=3)
-        with pytest.raises(DataError, match="holds no finished store"):
-            Store.open(tmp_path / name)
-
-
-def test_nothing_to_store_is_an_error_that_says_why(tmp_path):
-    with pytest.raises(DataError, match=r"no samples to store; 1 were skipped, the first: a\.mp4: broken"):
-        write_store(tmp_path / "store", [Skipped("a.mp4", "broken")], fingerprint={})
-    with pytest.raises(DataError, match="holds nothing"):
-        write_store(tmp_path / "store", [Sample({})], fingerprint={})
-    with pytest.raises(ConfigError, match="num_samples_per_shard"):
-        write_store(tmp_path / "store", samples(1), fingerprint={}, num_samples_per_shard=0)
-
-
-def test_a_store_made_by_something_else_is_refused_naming_what_differs(store):
-    assert len(Store.open(store.folder, MADE_BY)) == 7
-    other = MADE_BY | {"vae": {"hash": "xyz", "channels": 16}}
-    with pytest.raises(DataError, match=r'its vae\.hash is "abc", asked for "xyz"'):
-        Store.open(store.folder, other)
-    with pytest.raises(DataError, match=r'its vae is {"hash".*asked for null'):
-        Store.open(store.folder, {"sizes": [1, 2]})
-
-
-def test_nothing_but_an_unfinished_store_is_written_over(tmp_path, store):
-    with pytest.raises(DataError, match="already holds a finished store"):
-        write_store(store.folder, samples(2), fingerprint=MADE_BY)
-    assert len(Store.open(store.folder)) == 7
-    (store.folder / "store.json").unlink()
-    assert len(write_store(store.folder, samples(2), fingerprint=MADE_BY)) == 2
-    assert sorted(p.name for p in store.folder.iterdir()) == [
-        "shard-00000.jsonl",
-        "shard-00000.safetensors",
-        "store.json",
-    ]
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "shard-00000.jsonl").touch()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(DataError, match=r"holds thesis\.tex"):
-        write_store(tmp_path / "mine", samples(2), fingerprint={})
-    assert len(list((tmp_path / "mine").iterdir())) == 2
-
-
-def test_an_interrupted_store_is_never_read(tmp_path):
-    def interrupted():
-        yield from samples(5)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_store(tmp_path / "store", interrupted(), fingerprint={}, num_samples_per_shard=2)
-    with pytest.raises(DataError, match="holds no finished store"):
-        Store.open(tmp_path / "store")
-    assert len(write_store(tmp_path / "store", samples(5), fingerprint={})) == 5
-
-
-def test_a_full_disk_is_an_error_and_leaves_no_finished_store(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for room in (0, 100, 400):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-        try:
-            with pytest.raises(DataError, match="cannot write"):
-                write_store(tmp_path / "store", samples(40), fingerprint={})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert not list((tmp_path / "store").glob("*.part"))
-        assert not (tmp_path / "store" / "store.json").exists()
-
-
-def test_damaged_and_hostile_files_are_named(tmp_path, store):
-    first = "shard-00000.safetensors"
-    size = (store.folder / first).stat().st_size
-
-    def rows_of_other_shape(path):
-        save_file({"mean": torch.zeros(3, 6), "k": torch.zeros(3, dtype=torch.int64)}, path)
-        assert path.stat().st_size <= size
-        index = json.loads((path.parent / "store.json").read_text())
-        index["shards"][0]["num_bytes"] = path.stat().st_size
-        (path.parent / "store.json").write_text(json.dumps(index))
-
-    damages = {
-        "gone": (first, lambda path: path.unlink()),
-        "cut": (first, lambda path: path.write_bytes(path.read_bytes()[:-1])),
-        "huge header": (first, lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])),
-        "noise": (first, lambda path: path.write_bytes(bytes(size))),
-        "shape": (first, rows_of_other_shape),
-        "no json": ("store.json", lambda path: path.write_text("{")),
-        "not text": ("store.json", lambda path: path.write_bytes(b"\xff\xfe")),
-        "deep": ("store.json", lambda path: path.write_text("[" * 100_000)),
-        "list": ("store.json", lambda path: path.write_text("[]")),
-        "old": ("store.json", lambda path: path.write_text('{"format": 0}')),
-        "missing entries": ("store.json", lambda path: path.write_text('{"format": 1}')),
-    }
-    for damage, (name, strike) in damages.items():
-        folder = tmp_path / damage
-        shutil.copytree(store.folder, folder)
-        strike(folder / name)
-        with pytest.raises(DataError, match=name):
-            Store.open(folder)
-    (store.folder / "shard-00001.jsonl").write_text('{"caption": 3}\n')
-    with pytest.raises(DataError, match=r"shard-00001\.jsonl: damaged: 3 lines expected, found 1"):
-        Store.open(store.folder).meta(4)
-
-
-# ---- clips ---------------------------------------------------------------------------------------------------------
-
-SPEC = ClipSpec(num_frames=4, height=16, width=16, fps=8.0)
+def video(path, num_frames, *, seed=0, fps=8.0, size=16):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 256, (num_frames, size // 8, size // 8, 3), generator=generator, dtype=torch.uint8)
+    write_video(path, coarse.repeat_interleave(8, 1).repeat_interleave(8, 2), fps=fps)
 
 
 @pytest.fixture
 def videos(tmp_path):
+    """Three clips in two good files, a file that is too short and one that is broken."""
     folder = tmp_path / "videos"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name, num_frames in (("a", 4), ("b", 9), ("short", 2)):
-        write_video(folder / f"{name}.mp4", generator.integers(0, 256, (num_frames, 16, 16, 3), np.uint8), fps=8)
-    (folder / "a.txt").write_text("a red ring")
-    (folder / "empty.mp4").touch()
+    video(folder / "a.mp4", 4)
+    (folder / "a.txt").write_text("a red kite")
+    video(folder / "b.mp4", 9, seed=1)
+    video(folder / "brief.mp4", 2)
+    (folder / "broken.mp4").write_bytes(b"not a video")
     return folder
 
 
-def test_a_folder_becomes_a_store_of_its_clips_with_captions(tmp_path, videos):
-    seen = []
-    report = build_clip_store(videos, SPEC, tmp_path / "store", on_file=lambda k, file: seen.append((k, file.name)))
-    assert (report.num_clips, report.reused) == (3, False)
-    assert seen == list(enumerate(["a.mp4", "b.mp4", "empty.mp4", "short.mp4"]))
-    assert [name for name, _ in report.skipped] == ["empty.mp4", "short.mp4"]
-    expected = [
-        read_clip(videos / name, num_frames=4, fps=8, start=start).frames
-        for name, start in (("a.mp4", 0), ("b.mp4", 0), ("b.mp4", 0.5))
+# --- any store -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 3), max_size=3),
+    dtype=st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.bfloat16, torch.bool, torch.int64]),
+    count=st.integers(1, 9),
+    samples_per_shard=st.integers(1, 10),
+    data=st.data(),
+)
+def test_gathered_rows_equal_the_samples_stacked(tmp_path_factory, shape, dtype, count, samples_per_shard, data):
+    generator = torch.Generator().manual_seed(0)
+    samples = [
+        {name: torch.randint(0, 9, shape, generator=generator).to(dtype) for name in ("one", "two")}
+        for _ in range(count)
     ]
-    assert torch.equal(report.store.batch("clips", [0, 1, 2]), torch.stack(expected))
-    assert report.store.meta(0) == {"file": "a.mp4", "start": 0.0, "caption": "a red ring", "caption_from": "sidecar"}
-    assert report.store.meta(2)["start"] == 0.5
+    folder = tmp_path_factory.mktemp("store") / "new"
+    write_store(
+        folder,
+        iter(samples),
+        fingerprint={},
+        meta=({"row": k} for k in range(count)),
+        samples_per_shard=samples_per_shard,
+    )
+    store = Store.open(folder)
+    rows = data.draw(st.lists(st.integers(0, count - 1), max_size=12))
+
+    assert len(store) == count
+    assert store.keys == ("one", "two")
+    for key in store.keys:
+        found = store.batch(key, torch.tensor(rows, dtype=torch.int64))
+        expected = torch.stack([sample[key] for sample in samples])[rows]
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+    assert [store.meta(row) for row in rows] == [{"row": row} for row in rows]
 
 
-def test_a_clip_that_breaks_in_the_middle_is_skipped_and_the_others_kept(tmp_path, videos):
-    path = videos / "long.mkv"
-    write_video(path, np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8), fps=8)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    report = build_clip_store(videos, SPEC, tmp_path / "store")
-    kept = [
-        report.store.meta(k)["start"] for k in range(report.num_clips) if report.store.meta(k)["file"] == "long.mkv"
+def test_samples_may_share_one_buffer(tmp_path):
+    buffer = torch.empty(2)
+    write_store(tmp_path / "s", ({"x": buffer.fill_(k)} for k in range(3)), fingerprint={}, samples_per_shard=2)
+    assert Store.open(tmp_path / "s").batch("x", torch.arange(3)).tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_at_most_one_shard_is_held_while_writing(tmp_path):
+    finished = []
+
+    def samples():
+        for k in range(7):
+            finished.append(len(list((tmp_path / "s").glob("shard-*"))))
+            yield {"x": torch.tensor(k)}
+
+    write_store(tmp_path / "s", samples(), fingerprint={}, samples_per_shard=2)
+    assert finished == [0, 0, 1, 1, 2, 2, 3]
+
+
+def test_changing_a_batch_leaves_the_store_alone(tmp_path):
+    expected = small_store(tmp_path / "s")
+    store, rows = Store.open(tmp_path / "s"), torch.arange(5)
+    store.batch("x", rows).zero_()
+    assert torch.equal(store.batch("x", rows), expected)
+    assert torch.equal(Store.open(tmp_path / "s").batch("x", rows), expected)
+
+
+def test_a_store_opens_with_the_fingerprint_it_was_made_with_whether_list_or_tuple(tmp_path):
+    write_store(tmp_path / "s", numbers(1), fingerprint={"shape": (1, 2)})
+    assert Store.open(tmp_path / "s", fingerprint={"shape": (1, 2)}).fingerprint == {"shape": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({**MADE_BY, "vae": "b" * 64}, r"vae was \"aaaaaaaaaaaaaaaaaaa\.\.\., now \"bbbbbbbbbbbbbbbbbbb\.\.\.;"),
+        ({**MADE_BY, "clip": {"fps": 4.0}}, r"clip\.fps was 8\.0, now 4\.0"),
+        ({"vae": "a" * 64}, r"clip was .*, now null"),
+        ({**MADE_BY, "text": 1}, r"text was null, now 1"),
+    ],
+)
+def test_another_fingerprint_is_refused_and_the_difference_named(tmp_path, now, said):
+    small_store(tmp_path / "s")
+    with pytest.raises(DataError, match=said):
+        Store.open(tmp_path / "s", fingerprint=now)
+
+
+def test_writing_that_stopped_half_way_leaves_no_store_and_may_begin_again(tmp_path):
+    def dying():
+        yield from numbers(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "s", dying(), fingerprint={}, samples_per_shard=1)
+    assert list((tmp_path / "s").glob("shard-*"))
+    with pytest.raises(DataError, match="never finished"):
+        Store.open(tmp_path / "s")
+    expected = small_store(tmp_path / "s", 2)
+    assert torch.equal(Store.open(tmp_path / "s").batch("x", torch.arange(2)), expected)
+    assert len(list((tmp_path / "s").iterdir())) == 2
+
+
+def test_a_finished_store_is_never_written_over(tmp_path):
+    expected = small_store(tmp_path / "s")
+    with pytest.raises(DataError, match="holds a finished store"):
+        small_store(tmp_path / "s", 1)
+    assert torch.equal(Store.open(tmp_path / "s").batch("x", torch.arange(5)), expected)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "shard-00000.safetensors").write_text("someone's")
+    with pytest.raises(DataError, match=r"thesis\.tex"):
+        small_store(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "shard-00000.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"x": torch.zeros(2, 4)}, r"sample 2 is x float32\[2, 4\], those before it are x float32\[2, 3\]"),
+        ({"x": torch.zeros(2, 3).half()}, r"sample 2 is x float16"),
+        ({"y": torch.zeros(2, 3)}, r"sample 2 is y float32"),
+        ({"x": torch.zeros(2, 3), "y": torch.zeros(1)}, r"sample 2 is x float32\[2, 3\], y"),
+    ],
+)
+def test_samples_that_differ_are_refused_by_number(tmp_path, odd, said):
+    with pytest.raises(DataError, match=said):
+        write_store(tmp_path / "s", [*numbers(2), odd], fingerprint={}, samples_per_shard=2)
+
+
+@pytest.mark.parametrize(("count", "said"), [(2, "more samples than meta"), (4, "more meta than samples")])
+def test_meta_must_be_one_per_sample(tmp_path, count, said):
+    with pytest.raises(DataError, match=said):
+        write_store(tmp_path / "s", numbers(3), fingerprint={}, meta=[{}] * count)
+
+
+@pytest.mark.parametrize("samples", [[], [{}]])
+def test_an_empty_store_is_refused(tmp_path, samples):
+    with pytest.raises(DataError, match=r"no samples|no tensors"):
+        write_store(tmp_path / "s", samples, fingerprint={})
+
+
+def test_keys_and_rows_that_do_not_exist_are_refused(tmp_path):
+    small_store(tmp_path / "s")
+    store = Store.open(tmp_path / "s")
+    with pytest.raises(DataError, match="has no 'xs'; did you mean x"):
+        store.batch("xs", torch.tensor([0]))
+    for row in (-1, 5):
+        with pytest.raises(DataError, match=f"rows 0 to 4, not {row}"):
+            store.batch("x", torch.tensor([0, row]))
+        with pytest.raises(DataError, match="rows 0 to 4"):
+            store.meta(row)
+
+
+def test_a_missing_store_is_called_missing(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        Store.open(tmp_path / "nowhere")
+
+
+def test_truncated_and_lost_shards_are_refused_on_opening(tmp_path):
+    small_store(tmp_path / "s")
+    shard = tmp_path / "s" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors has \d+ of \d+ bytes"):
+        Store.open(tmp_path / "s")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors has 0 of"):
+        Store.open(tmp_path / "s")
+
+
+def _other_header(path):
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" * 8 + content[8:])
+
+
+def _other_shapes(path):
+    tensors, size = load_file(path), path.stat().st_size
+    save_file({"x": tensors["x"].reshape(2, 3, 2).contiguous()}, path, metadata={"meta": "[{}, {}]"})
+    _padded(path, size)
+
+
+def _no_meta(path):
+    tensors, size = load_file(path), path.stat().st_size
+    save_file(tensors, path)
+    _padded(path, size)
+
+
+def _padded(path, size):
+    """Fill the header up with spaces, so that the file has its old size."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    spaces = size - len(content)
+    assert spaces >= 0
+    path.write_bytes(
+        (length + spaces).to_bytes(8, "little") + content[8 : 8 + length] + b" " * spaces + content[8 + length :]
+    )
+
+
+@pytest.mark.parametrize("harm", [_other_header, _other_shapes, _no_meta])
+def test_a_hostile_shard_of_the_right_size_is_refused_when_read(tmp_path, harm):
+    small_store(tmp_path / "s")
+    harm(tmp_path / "s" / "shard-00001.safetensors")
+    store = Store.open(tmp_path / "s")
+    store.batch("x", torch.tensor([0]))
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors"):
+        store.batch("x", torch.tensor([3]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("keys"),
+        lambda index: index.update(num_rows=10**9),
+        lambda index: index.update(samples_per_shard=0),
+        lambda index: index.update(format=2),
+        lambda index: index.update(surprise=1),
+    ],
+)
+def test_a_tampered_index_is_refused(tmp_path, change):
+    small_store(tmp_path / "s")
+    path = tmp_path / "s" / "store.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"store\.json cannot be read"):
+        Store.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_an_index_that_is_no_index_is_refused(tmp_path, content):
+    small_store(tmp_path / "s")
+    (tmp_path / "s" / "store.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"store\.json cannot be read"):
+        Store.open(tmp_path / "s")
+
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_clip_is_decoded_once_and_bad_files_are_skipped_and_listed(tmp_path, videos):
+    progress = []
+    report = build_clip_store(videos, SPEC, tmp_path / "clips", on_file=lambda *step: progress.append(step))
+    store = Store.open(tmp_path / "clips")
+
+    assert (report.num_clips, report.num_files, report.reused) == (3, 4, False)
+    assert [line.partition(":")[0] for line in report.rejected] == ["brief.mp4", "broken.mp4"]
+    assert "too short: has 0.2 s, needs 0.5 s" in report.rejected[0]
+    assert str(videos) not in report.rejected[1]
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [store.meta(row) for row in range(3)] == [
+        {"caption": "a red kite", "file": "a.mp4", "start": 0.0},
+        {"caption": "", "file": "b.mp4", "start": 0.0},
+        {"caption": "", "file": "b.mp4", "start": 0.5},
     ]
-    lost = [skipped for skipped in report.skipped if skipped.source == "long.mkv"]
-    assert kept == [0.5 * k for k in range(len(kept))]
-    assert len(kept) > 2
-    assert len(kept) + len(lost) == 10
-    assert "truncated" in lost[0].reason
+    whole = read_clip(videos / "b.mp4", fps=8.0, size=(8, 8)).frames
+    assert torch.equal(store.batch("frames", torch.tensor([2, 1])), torch.stack([whole[4:8], whole[:4]]))
 
 
-def test_a_store_is_reused_for_the_same_files_and_refused_for_others(tmp_path, videos, monkeypatch):
-    first = build_clip_store(videos, SPEC, tmp_path / "store")
-    monkeypatch.setattr("reelflow.data.store.read_clip", None)
-    again = build_clip_store(videos, SPEC, tmp_path / "store")
+def test_long_videos_read_in_pieces_give_the_same_clips(tmp_path, videos, monkeypatch):
+    video(videos / "long.mp4", 31, seed=2, fps=10.0)
+    build_clip_store(videos, SPEC, tmp_path / "whole")
+    monkeypatch.setattr("reelflow.data.folder.PIECE_BYTES", 2 * 4 * 8 * 8 * 3)
+    build_clip_store(videos, SPEC, tmp_path / "pieces")
+    whole, pieces = Store.open(tmp_path / "whole"), Store.open(tmp_path / "pieces")
+    rows = torch.arange(len(whole))
+    assert len(pieces) == len(whole) == 9
+    assert torch.equal(pieces.batch("frames", rows), whole.batch("frames", rows))
+    assert [pieces.meta(row) for row in rows.tolist()] == [whole.meta(row) for row in rows.tolist()]
+
+
+def test_the_same_videos_are_not_decoded_again_and_the_rejected_are_told_again(tmp_path, videos, monkeypatch):
+    first = build_clip_store(videos, SPEC, tmp_path / "clips")
+    moved = shutil.move(videos, tmp_path / "elsewhere")
+    monkeypatch.delattr(store_module, "read_windows")
+    again = build_clip_store(Path(moved), SPEC, tmp_path / "clips")
     assert again.reused
-    assert again.skipped == first.skipped
-    wider = ClipSpec(num_frames=4, height=16, width=32, fps=8.0)
-    with pytest.raises(DataError, match=r"its clips\.width is 16, asked for 32"):
-        build_clip_store(videos, wider, tmp_path / "store")
-    (videos / "a.txt").write_text("a blue ring")
-    with pytest.raises(DataError, match="its files is"):
-        build_clip_store(videos, SPEC, tmp_path / "store")
+    assert (again.num_clips, again.num_files, again.rejected) == (first.num_clips, first.num_files, first.rejected)
 
 
-def test_a_folder_without_a_usable_clip_is_an_error(tmp_path, videos):
-    endless = ClipSpec(num_frames=100, height=16, width=16, fps=8.0)
-    with pytest.raises(DataError, match=r"no samples to store; 4 were skipped, the first: a\.mp4: too short"):
-        build_clip_store(videos, endless, tmp_path / "store")
+@pytest.mark.parametrize("change", ["caption", "content", "another file", "spec"])
+def test_clips_of_other_videos_are_refused(tmp_path, videos, change):
+    build_clip_store(videos, SPEC, tmp_path / "clips")
+    spec = SPEC
+    match change:
+        case "caption":
+            (videos / "a.txt").write_text("a blue kite")
+        case "content":
+            (videos / "broken.mp4").write_bytes(b"not a vidEo")
+        case "another file":
+            video(videos / "c.mp4", 4)
+        case "spec":
+            spec = ClipSpec(num_frames=4, height=8, width=16, fps=8.0)
+    with pytest.raises(DataError, match="clip.width was 8, now 16" if change == "spec" else "videos"):
+        build_clip_store(videos, spec, tmp_path / "clips")
+
+
+def test_clips_before_the_damage_in_a_long_file_are_kept_and_counted(tmp_path, videos, monkeypatch):
+    def damaged(path, spec):
+        yield 0.0, torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+        raise MediaError(f"{path}: damaged at 0.7 s")
+
+    monkeypatch.setattr(store_module, "read_windows", damaged)
+    report = build_clip_store(videos, SPEC, tmp_path / "clips")
+    assert report.num_clips == 4
+    assert report.rejected[0] == "a.mp4: damaged at 0.7 s (clips before that, 1, are kept)"
+
+
+def test_a_folder_that_gives_no_clip_says_why(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").write_bytes(b"not a video")
+    with pytest.raises(DataError, match=r"no clip in the 4 videos .*a\.mp4: .*b\.mp4: .*c\.mp4: .*and 1 more"):
+        build_clip_store(tmp_path, SPEC, tmp_path / "clips")
+    assert not (tmp_path / "clips" / "store.json").exists()
+
+
+def test_names_and_captions_in_any_script_survive(tmp_path):
+    video(tmp_path / "видео" / "凧 é.mp4", 4)
+    (tmp_path / "видео" / "凧 é.txt").write_text("赤い凧 🪁", encoding="utf-8")
+    build_clip_store(tmp_path / "видео", SPEC, tmp_path / "кадры")
+    assert Store.open(tmp_path / "кадры").meta(0) == {"caption": "赤い凧 🪁", "file": "凧 é.mp4", "start": 0.0}

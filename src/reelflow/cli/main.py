@@ -39,12 +39,13 @@ def demo(
     return 0 if run_demo(out, console=stdout()) else 1
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         from importlib.metadata import version
 
         print(f"reelflow {version('reelflow')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

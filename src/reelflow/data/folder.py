@@ -1,243 +1,296 @@
-"""A user's own folder of videos: which files there are, what each is called, and what would become of it.
+"""A folder of videos: which files it has, what their captions are, and what would become of each.
 
-A caption is looked for in a sidecar (`name.txt` beside `name.mp4`), then in `metadata.csv`, then in `metadata.jsonl`
-at the top of the folder, and last the sub-folder's name serves as a class. A file that cannot be used never stops the
-others: it is reported with the reason.
+A caption comes from `name.txt` beside the video, else from `metadata.csv` or `metadata.jsonl` in the folder (columns
+`file_name` and `caption`), else from the name of the sub-folder. A video is cut into clips that do not overlap.
 """
 
 import csv
-import hashlib
+import io
 import json
+import math
+import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
+
+from jaxtyping import UInt8
+from torch import Tensor
 
 from reelflow.config import configuration
-from reelflow.data.video import VIDEO_SUFFIXES, VideoInfo, probe
-from reelflow.errors import ConfigError, DataError, MediaError, nearest
+from reelflow.data.video import VideoInfo, probe, read_clip
+from reelflow.errors import ConfigError, DataError, MediaError
 
-__all__ = [
-    "METADATA_FILES",
-    "ClipSpec",
-    "FileReport",
-    "digest_folder",
-    "inspect_files",
-    "inspect_folder",
-    "list_videos",
-]
+__all__ = ["Caption", "ClipSpec", "FileReport", "inspect_folder", "list_videos", "read_captions", "read_windows"]
 
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+SUFFIXES = (
+    ".3gp",
+    ".avi",
+    ".flv",
+    ".gif",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".ogv",
+    ".ts",
+    ".webm",
+    ".wmv",
+)
 FILE_COLUMNS = ("file_name", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+PIECE_BYTES = 256 << 20  # decoded frames held at once; longer videos are read piece by piece
 
 
 @configuration
 class ClipSpec:
-    """The clips a model is trained on."""
+    """The clips that are made of videos, whatever their own size and frame rate.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
 
     num_frames: int
-    height: int
+    height: int  # pixels
     width: int
-    fps: float  # hertz
+    fps: float
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.fps < float("inf"):
-            raise ConfigError(f"fps must be positive, got {self.fps}")
-
-    def start_of(self, clip: int) -> float:
-        """Return the second at which the clip of this number begins; clips of one file do not overlap."""
-        return clip * self.num_frames / self.fps
-
-
-class FileReport(NamedTuple):
-    """What would become of one file."""
-
-    name: str  # relative to the folder, with forward slashes
-    num_clips: int  # 0: rejected
-    reason: str  # why it is rejected, or empty
-    notes: tuple[str, ...]  # what is done to it, in words
-    caption: str
-    caption_from: Literal["sidecar", "metadata", "folder", "nothing"]
-    tokens: int | None  # of all its clips; None where the cost of a clip is not known
-    info: VideoInfo | None  # None where the file cannot be read
+                raise ConfigError(f"clip.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.fps < math.inf:
+            raise ConfigError(f"clip.fps must be a positive number of frames per second, got {self.fps}")
 
     @property
-    def accepted(self) -> bool:
-        return self.num_clips > 0
+    def seconds(self) -> float:
+        return self.num_frames / self.fps
 
 
-class _Caption(NamedTuple):
+class Caption(NamedTuple):
+    """A caption, possibly empty, and what its reader should know about where it came from."""
+
     text: str
-    source: Literal["sidecar", "metadata", "folder", "nothing"]
-    file: str = ""  # the metadata file it stands in
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class FileReport:
+    """What would become of one file."""
+
+    path: Path  # relative to the folder
+    accepted: bool
+    num_clips: int
+    caption: str
+    notes: tuple[str, ...]
+    reason: str | None  # why it is rejected
+    tokens: int  # of all its clips
+
+
 def list_videos(folder: Path) -> list[Path]:
-    """Return the video files in `folder` and below, sorted by path; hidden files and folders are passed over.
+    """List the videos in a folder and its sub-folders, sorted; names that begin with a dot are ignored.
 
     Raises:
-        DataError: there is no such folder, or no video in it.
+        DataError: the folder is missing or has no videos.
     """
     if not folder.is_dir():
-        siblings = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        hint = nearest(folder.name, siblings) if siblings else f"there is no {folder.parent} with folders either"
-        raise DataError(f"{folder} is not a folder; {hint}")
-    videos = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in VIDEO_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not videos:
-        raise DataError(f"no videos in {folder}; looked for {' '.join(VIDEO_SUFFIXES)}")
-    return videos
+        known = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        close = get_close_matches(folder.name, known, n=1)
+        hint = f"; did you mean {folder.with_name(close[0])}?" if close else ""
+        raise DataError(f"{folder} is {'a file' if folder.exists() else 'missing'}, expected a folder of videos{hint}")
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not visible:
+        raise DataError(f"{folder} has no videos; looked for {', '.join(SUFFIXES)}")
+    return sorted(visible)
 
 
-def inspect_folder(
-    folder: Path, spec: ClipSpec, *, tokens_per_clip: int | None = None, max_clips_per_file: int | None = None
-) -> list[FileReport]:
-    """Say for every video in `folder`, and every one its metadata names, what would become of it. See `inspect_files`.
+def read_captions(folder: Path, paths: list[Path]) -> dict[Path, Caption]:
+    """Return the caption of every video.
 
     Raises:
-        DataError: there is no such folder, no video in it, or its metadata cannot be read.
+        DataError: a text or metadata file cannot be read (the line is named), or there are two metadata files.
     """
-    return list(inspect_files(folder, spec, tokens_per_clip=tokens_per_clip, max_clips_per_file=max_clips_per_file))
+    source, listed = _read_metadata(folder)
+    captions = {}
+    for path in paths:
+        sidecar, entry = path.with_suffix(".txt"), listed.get(_key(path.relative_to(folder).as_posix()))
+        if sidecar.is_file():
+            text = _read_text(sidecar).strip()
+            notes = [f"{sidecar.name} is empty"] if not text else []
+            if entry is not None:
+                notes.append(f"caption from {sidecar.name}, not from {source}")
+            captions[path] = Caption(text, tuple(notes))
+        elif entry is not None:
+            captions[path] = Caption(entry, () if entry else (f"empty caption in {source}",))
+        elif path.parent != folder:
+            captions[path] = Caption(path.parent.name, ("caption from the folder's name",))
+        else:
+            captions[path] = Caption("", ("no caption",))
+    return captions
 
 
-def inspect_files(
-    folder: Path, spec: ClipSpec, *, tokens_per_clip: int | None = None, max_clips_per_file: int | None = None
-) -> Iterator[FileReport]:
-    """Yield a report for each file, at the cost of decoding one frame.
+def inspect_folder(folder: Path, spec: ClipSpec, *, tokens_per_clip: int = 0) -> list[FileReport]:
+    """Say for every video what would become of it; of a long one, only its ends are decoded.
 
-    A video gives as many clips as fit one after the other at the rate asked for, up to `max_clips_per_file`. What is
-    broken further on shows only when it is decoded.
+    Raises:
+        DataError: the folder is missing, has no videos, or its captions cannot be read.
     """
-    if max_clips_per_file is not None and max_clips_per_file < 1:
-        raise ConfigError(f"max_clips_per_file must be at least 1, got {max_clips_per_file}")
-    videos, metadata = list_videos(folder), _read_metadata(folder)
-    for path in videos:
-        name = path.relative_to(folder).as_posix()
+    paths = list_videos(folder)
+    captions = read_captions(folder, paths)
+    reports = []
+    for path in paths:
+        relative, (caption, notes) = path.relative_to(folder), captions[path]
         try:
-            caption, info = _caption(path, folder, metadata), probe(path)
-        except (MediaError, DataError) as error:
-            yield FileReport(name, 0, str(error), (), "", "nothing", None, None)
+            info = probe(path)
+            num_frames = _count(path, info, spec)
+        except MediaError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            reports.append(FileReport(relative, False, 0, caption, notes, reason, 0))
             continue
-        num_frames = info.num_frames_at(spec.fps)
-        num_clips = min(num_frames // spec.num_frames, max_clips_per_file or num_frames)
-        reason, notes = "", (*_changes(info, spec, num_clips), *caption.notes)
-        if not num_clips:
-            found = f"{info.duration:.2f} s hold {num_frames} frames at {spec.fps:g} fps"
-            reason, notes = f"too short: {found}, {spec.num_frames} are needed", caption.notes
-        tokens = None if tokens_per_clip is None else num_clips * tokens_per_clip
-        yield FileReport(name, num_clips, reason, notes, caption.text, caption.source, tokens, info)
-    present = {path.relative_to(folder).as_posix() for path in videos}
-    for name, caption in metadata.items():
-        if name not in present:
-            fault = "is not a kind of video we know" if (folder / name).exists() else "does not exist"
-            reason = f"named in {caption.file}, but {fault}"
-            yield FileReport(name, 0, reason, (), caption.text, caption.source, None, None)
+        num_clips = num_frames // spec.num_frames
+        notes = (*_changes(info, spec, num_frames), *notes)
+        reports.append(FileReport(relative, True, num_clips, caption, notes, None, num_clips * tokens_per_clip))
+    return reports
 
 
-def digest_folder(folder: Path) -> str:
-    """Return a hash of what clips and captions are made of: the videos' names, sizes and times, the captions' text.
+def read_windows(path: Path, spec: ClipSpec) -> Iterator[tuple[float, UInt8[Tensor, "T H W 3"]]]:
+    """Decode the clips of a video one after the other: where each starts (seconds), and its frames.
 
     Raises:
-        DataError: there is no such folder, or no video in it.
+        MediaError: the file is broken, or shorter than one clip.
     """
-    digest = hashlib.sha256()
-    for path in list_videos(folder):
-        about, sidecar = path.stat(), path.with_suffix(".txt")
-        text = sidecar.read_bytes() if sidecar.is_file() else None
-        digest.update(repr((path.relative_to(folder).as_posix(), about.st_size, about.st_mtime_ns, text)).encode())
-    for path in (folder / name for name in METADATA_FILES):
-        digest.update(repr((path.name, path.read_bytes() if path.is_file() else None)).encode())
-    return digest.hexdigest()
+    step = spec.num_frames * max(1, PIECE_BYTES // (spec.num_frames * spec.height * spec.width * 3))
+    expected = _expected(probe(path), spec)
+    last = max(0, expected - spec.num_frames) // step * step  # the piece that reads on to the end
+    for first in range(0, last + 1, step):
+        clip = read_clip(
+            path,
+            num_frames=step if first < last else None,
+            fps=spec.fps,
+            start=first / spec.fps,
+            size=(spec.height, spec.width),
+        )
+        if len(clip.frames) < spec.num_frames and not first:
+            raise MediaError(_too_short(len(clip.frames), spec))
+        for begin in range(0, len(clip.frames) - spec.num_frames + 1, spec.num_frames):
+            yield (first + begin) / spec.fps, clip.frames[begin : begin + spec.num_frames]
 
 
-def _changes(info: VideoInfo, spec: ClipSpec, num_clips: int) -> Iterator[str]:
-    """Yield, in words, what is done to a video to make it clips."""
-    if info.rotation:
-        yield f"turned by {info.rotation} degrees"
-    if abs(info.fps / spec.fps - 1) > 0.01 or info.variable_rate:
-        repeats = ", repeating frames" if info.fps < 0.99 * spec.fps else ""
-        varying = " (variable)" if info.variable_rate else ""
-        yield f"resampled {info.fps:.4g}{varying} -> {spec.fps:g} fps{repeats}"
-    if (info.height, info.width) != (spec.height, spec.width):
-        scale = max(spec.height / info.height, spec.width / info.width)
-        cropped = 1 - spec.height * spec.width / (info.height * info.width * scale * scale)
-        verb = "enlarged" if scale > 1 else "resized"
-        lost = f", {cropped:.0%} cropped" if cropped >= 0.005 else ""
-        yield f"{verb} {info.width}x{info.height} -> {spec.width}x{spec.height}{lost}"
-    unused = info.duration - spec.start_of(num_clips)
-    if unused > 1 / spec.fps:
-        yield f"cut to {num_clips} x {spec.num_frames} frames, the last {unused:.2f} s are not used"
+# --- what would become of a video ------------------------------------------------------------------------------------
 
 
-def _caption(path: Path, folder: Path, metadata: dict[str, _Caption]) -> _Caption:
-    """Find the caption of a video, and say where sources disagree.
+def _expected(info: VideoInfo, spec: ClipSpec) -> int:
+    """Tell from the header alone how many frames a video has at the frame rate of the clips; 0 when it is silent."""
+    return max(0, math.ceil((info.duration - 1e-3) * spec.fps)) if info.duration else 0  # headers round to 1 ms
+
+
+def _count(path: Path, info: VideoInfo, spec: ClipSpec) -> int:
+    """Count frames at the frame rate of the clips, believing the header only when the last clip is seen to be there.
 
     Raises:
-        DataError: the sidecar is not UTF-8 text.
+        MediaError: there are too few for one clip, or they cannot be decoded.
     """
-    listed, sidecar = metadata.get(path.relative_to(folder).as_posix()), path.with_suffix(".txt")
-    if sidecar.is_file():
-        try:
-            text = _one_line(sidecar.read_text(encoding="utf-8-sig"))
-        except (UnicodeDecodeError, OSError) as error:
-            raise DataError(f"{sidecar}: cannot be read as UTF-8 text") from error
-        differs = listed is not None and listed.text != text
-        notes = (f"caption from {sidecar.name}; {listed.file} says otherwise",) if listed and differs else ()
-        caption = _Caption(text, "sidecar", notes=notes)
-    elif listed:
-        caption = listed
-    elif path.parent != folder:
-        caption = _Caption(_one_line(path.parent.name.replace("_", " ")), "folder")
-    else:
-        return _Caption("", "nothing", notes=("no caption",))
-    return caption if caption.text else caption._replace(notes=(*caption.notes, "the caption is empty"))
+    expected = _expected(info, spec)
+    used = expected // spec.num_frames * spec.num_frames
+    if used:
+        with suppress(MediaError):
+            read_clip(path, num_frames=1, fps=spec.fps, start=(used - 1) / spec.fps)
+            return expected
+    num_frames = len(read_clip(path, fps=spec.fps, size=(spec.height, spec.width)).frames)
+    if num_frames < spec.num_frames:
+        raise MediaError(_too_short(num_frames, spec))
+    return num_frames
 
 
-def _read_metadata(folder: Path) -> dict[str, _Caption]:
-    """Return the caption of each file that the metadata names.
-
-    Raises:
-        DataError: a metadata file is not CSV or JSON lines in UTF-8, or lacks a column.
-    """
-    found: dict[str, _Caption] = {}
-    for path in (folder / name for name in METADATA_FILES):
-        for line, row in _rows(path) if path.is_file() else ():
-            name = next((row[column] for column in FILE_COLUMNS if column in row), None)
-            text = next((row[column] for column in CAPTION_COLUMNS if column in row), None)
-            if not isinstance(name, str) or not isinstance(text, str):
-                wanted = f"{' or '.join(FILE_COLUMNS)}, and {' or '.join(CAPTION_COLUMNS)}"
-                raise DataError(f"{path}: line {line} needs text in {wanted}; found {sorted(row)}")
-            first = found.setdefault(Path(name).as_posix(), _Caption(_one_line(text), "metadata", path.name))
-            if first.text != _one_line(text):
-                twice = f"captioned twice; the first, from {first.file}, is taken"
-                found[Path(name).as_posix()] = first._replace(notes=(twice,))
-    return found
+def _too_short(num_frames: int, spec: ClipSpec) -> str:
+    return f"too short: has {num_frames / spec.fps:.1f} s, needs {spec.seconds:.1f} s"
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield (line number, columns) of a .csv or .jsonl file."""
+def _changes(info: VideoInfo, spec: ClipSpec, num_frames: int) -> tuple[str, ...]:
+    notes = []
+    if abs(info.fps - spec.fps) > 1e-3:
+        notes.append(f"resampled {info.fps:g} -> {spec.fps:g} fps")
+    num_clips, left = divmod(num_frames, spec.num_frames)
+    if num_clips > 1:
+        notes.append(f"cut into {num_clips} clips")
+    if left:
+        notes.append(f"last {left / spec.fps:.1f} s left out")
+    if (info.width, info.height) != (spec.width, spec.height):
+        wide, high = info.width * spec.height, info.height * spec.width  # equal when the aspect ratio is kept
+        cropped = round(100 * (1 - min(wide, high) / max(wide, high)))
+        crop = f", {cropped} % cropped" if cropped else ""
+        notes.append(f"resized {info.width}x{info.height} -> {spec.width}x{spec.height}{crop}")
+    return tuple(notes)
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def _read_metadata(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return the name of the folder's metadata file and the captions in it, by file; nothing where there is none."""
+    found = [folder / name for name in ("metadata.csv", "metadata.jsonl") if (folder / name).is_file()]
+    if not found:
+        return "", {}
+    if len(found) > 1:
+        raise DataError(f"{folder} has metadata.csv and metadata.jsonl; keep one of them")
+    path = found[0]
+    captions: dict[str, str] = {}
+    for line, record in (_csv_records if path.suffix == ".csv" else _json_records)(path):
+        file, caption = (_field(record, columns, path, line) for columns in (FILE_COLUMNS, CAPTION_COLUMNS))
+        if _key(file) in captions:
+            raise DataError(f"{path}, line {line}: {file} is named a second time")
+        captions[_key(file)] = caption.strip()
+    return path.name, captions
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                reader = csv.DictReader(file)
-                for row in reader:
-                    yield reader.line_num, {str(column): value for column, value in row.items()}
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    yield number, row if isinstance(row, dict) else {}
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        for record in reader:
+            if None in record or None in record.values():
+                raise DataError(
+                    f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} cells; "
+                    f"put a caption that has commas in double quotes"
+                )
+            yield reader.line_num, record
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num + 1}: {error}") from error  # of the record that went wrong
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(_read_text(path).split("\n"), start=1):
+        if text.strip():
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {line}: not JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise DataError(f'{path}, line {line}: expected an object such as {{"file_name": ..., "caption": ...}}')
+            yield line, record
+
+
+def _field(record: dict[str, Any], columns: tuple[str, ...], path: Path, line: int) -> str:
+    value = next((record[column] for column in columns if column in record), None)
+    if not isinstance(value, str):
+        raise DataError(f"{path}, line {line}: expected text under {' or '.join(columns)}, found {', '.join(record)}")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _key(name: str) -> str:
+    """Spell a relative path in one way: accents are composed differently from one file system to the next."""
+    return unicodedata.normalize("NFC", Path(name).as_posix())

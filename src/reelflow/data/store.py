@@ -1,374 +1,380 @@
-"""Samples on disk, ready to be drawn in any order: shards of stacked tensors, memory-mapped.
+"""Samples on disk: tensors of one shape, decoded or encoded once and read in any order ever after.
 
-    store.json                what is inside, and the fingerprint of what made it; written last
-    shard-00000.safetensors   the tensors of the first samples, stacked along a new first axis
-    shard-00000.jsonl         what is known of each of them besides (a caption), one JSON value a line
+    STORE/shard-00000.safetensors   rows 0 ... stacked key by key, and what is known of each row
+    STORE/store.json                what made the store, its keys and its shards; written last
 
-A folder without `store.json` is unfinished and is never read. One class serves decoded clips and latents alike.
+A store without `store.json` was never finished and may be written again. Shards are memory-mapped: reading a row touches
+that row alone. The fingerprint says what the rows were made from, so that stale ones are refused, not trained on.
 """
 
-import bisect
+import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.config import configuration, from_dict, to_dict
-from reelflow.data.folder import ClipSpec, FileReport, digest_folder, inspect_files
-from reelflow.data.video import read_clip
-from reelflow.errors import ConfigError, DataError, MediaError
+from reelflow.data.folder import ClipSpec, list_videos, read_captions, read_windows
+from reelflow.errors import ConfigError, DataError, MediaError, nearest
 
-__all__ = ["BuildReport", "Sample", "Skipped", "Store", "build_clip_store", "write_store"]
+__all__ = ["BuildReport", "Store", "build_clip_store", "write_store"]
 
-FORMAT = 1
 INDEX = "store.json"
-CLIPS = "clips"  # the key of decoded frames
-
-
-class Sample(NamedTuple):
-    """One entry of a store."""
-
-    tensors: Mapping[str, Tensor]
-    meta: Any = None  # any JSON value
-
-
-class Skipped(NamedTuple):
-    """Something that should have become a sample, and why it did not."""
-
-    source: str
-    reason: str
+SHARD_BYTES = 128 << 20  # what a shard of decoded clips may take in memory while it fills
 
 
 @configuration
-class _Row:
-    """One tensor of a sample."""
-
+class _Key:
+    shape: tuple[int, ...]  # of one row
     dtype: str
-    shape: tuple[int, ...]
-
-
-@configuration
-class _Shard:
-    num_samples: int
-    num_bytes: int
 
 
 @configuration
 class _Index:
-    """The content of `store.json`."""
+    """The contents of `store.json`."""
 
-    format: int
+    format: Literal[1]
     fingerprint: dict[str, Any]
-    rows: dict[str, _Row]
-    shards: tuple[_Shard, ...]
-    skipped: tuple[tuple[str, str], ...]
+    keys: dict[str, _Key]
+    num_rows: int
+    samples_per_shard: int
+    shard_bytes: tuple[int, ...]  # the size of each shard's file
+    rejected: tuple[str, ...]  # sources that gave no sample, and why
+
+    def __post_init__(self) -> None:
+        if self.num_rows < 1 or self.samples_per_shard < 1 or not self.keys:
+            raise ConfigError("a store has at least one key and one row")
+        if len(self.shard_bytes) != -(-self.num_rows // self.samples_per_shard):
+            raise ConfigError(f"{len(self.shard_bytes)} shards cannot hold {self.num_rows} rows")
+
+    def rows_of(self, shard: int) -> int:
+        return min(self.samples_per_shard, self.num_rows - shard * self.samples_per_shard)
 
 
 def write_store(
-    folder: str | os.PathLike[str],
-    samples: Iterable[Sample | Skipped],
+    folder: Path,
+    samples: Iterable[dict[str, Tensor]],
     *,
-    fingerprint: Mapping[str, Any],
-    num_samples_per_shard: int = 256,
-) -> "Store":
-    """Write samples as they come, one shard in memory at a time, and open the finished store.
+    fingerprint: dict[str, Any],
+    meta: Iterable[dict[str, Any]] | None = None,
+    samples_per_shard: int = 512,
+) -> None:
+    """Write `samples` as the rows of a new store, holding at most one shard in memory.
 
-    All samples have the same keys, shapes and dtypes. What comes as `Skipped` is listed in the store. `fingerprint`
-    (JSON values) says what made the samples. An unfinished store in `folder` is written anew.
+    `fingerprint` (JSON values) says what the samples were made from; `meta` gives one JSON object per sample.
 
     Raises:
-        ConfigError: `num_samples_per_shard` is not positive.
-        DataError: the folder holds a store or anything else, samples differ or there are none, or the disk is full.
+        DataError: the folder holds a finished store or something else, samples differ in keys, shapes or dtypes, there
+            are none, `meta` is not of their number, or the disk is full.
     """
-    folder = Path(folder)
-    if num_samples_per_shard < 1:
-        raise ConfigError(f"num_samples_per_shard must be at least 1, got {num_samples_per_shard}")
-    _clear_unfinished(folder)
-    rows: dict[str, _Row] = {}
-    stacks: dict[str, Tensor] = {}
-    metas: list[Any] = []
-    shards: list[_Shard] = []
-    skipped: list[tuple[str, str]] = []
-
-    def flush() -> None:
-        shards.append(_write_shard(folder, len(shards), {k: v[: len(metas)] for k, v in stacks.items()}, metas))
-        metas.clear()
-
-    for sample in samples:
-        if isinstance(sample, Skipped):
-            skipped.append((sample.source, sample.reason))
-            continue
-        found = {k: _Row(str(v.dtype).removeprefix("torch."), tuple(v.shape)) for k, v in sample.tensors.items()}
-        if not stacks:
-            rows = found
-            stacks = {
-                k: v.new_empty((num_samples_per_shard, *v.shape), device="cpu") for k, v in sample.tensors.items()
-            }
-        if found != rows or not rows:
-            number = len(metas) + sum(shard.num_samples for shard in shards)
-            raise DataError(
-                f"sample {number} holds {_describe(found)}, the first holds {_describe(rows)}; all must agree"
-            )
-        for key, tensor in sample.tensors.items():
-            stacks[key][len(metas)] = tensor.detach()
-        metas.append(sample.meta)
-        if len(metas) == num_samples_per_shard:
-            flush()
-    if metas:
-        flush()
-    if not shards:
-        why = f"; {len(skipped)} were skipped, the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"{folder}: no samples to store{why}")
-    index = _Index(FORMAT, dict(fingerprint), rows, tuple(shards), tuple(skipped))
-    with _finished(folder / INDEX) as part:
-        part.write_text(json.dumps(to_dict(index), indent=1) + "\n", encoding="utf-8")
-    return Store.open(folder, fingerprint)
+    writer = _Writer(folder, fingerprint, samples_per_shard)
+    if meta is None:
+        for sample in samples:
+            writer.add(sample, {})
+    else:
+        for sample, known in zip_longest(samples, meta):
+            if sample is None or known is None:
+                more, fewer = ("samples", "meta") if known is None else ("meta", "samples")
+                raise DataError(
+                    f"cannot write {folder}: more {more} than {fewer} (there are {writer.num_rows} of those)"
+                )
+            writer.add(sample, known)
+    writer.finish()
 
 
 class Store:
-    """A finished store, read through memory maps: opening costs little, and only what is drawn is read.
+    """A finished store; rows are read in any order, also from several threads."""
 
-    `keys`, `fingerprint` and `skipped` say what is inside; `len()` counts the samples.
-    """
-
-    def __init__(self, folder: Path, index: _Index, shards: list[dict[str, Tensor]]) -> None:
+    def __init__(self, folder: Path, index: _Index) -> None:
         self.folder = folder
-        self.fingerprint = index.fingerprint
-        self.skipped = [Skipped(*entry) for entry in index.skipped]
-        self._rows, self._shards = index.rows, shards
-        self._ends = list(accumulate(shard.num_samples for shard in index.shards))
-        self._metas = lru_cache(maxsize=None)(self._read_metas)
+        self._index = index
+        self._shards: dict[int, _Shard] = {}
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any] | None = None) -> "Store":
-        """Open a store; with `fingerprint`, only one that was made by exactly this.
+    def open(cls, folder: Path, *, fingerprint: dict[str, Any] | None = None) -> "Store":
+        """Open a store; with `fingerprint`, only one that was made from exactly that.
 
         Raises:
-            DataError: there is no finished store, a file of it is damaged, or it was made by something else.
+            DataError: it is missing, unfinished or damaged, or was made from something else (the difference is named).
         """
-        folder = Path(folder)
-        index = _read_index(folder)
+        path = folder / INDEX
+        try:
+            index = from_dict(_Index, json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            state = "was never finished" if folder.is_dir() else "does not exist"
+            raise DataError(f"the store {folder} {state} (no {INDEX}); write it again") from None
+        except (OSError, ValueError, RecursionError, ConfigError) as error:
+            raise DataError(f"{path} cannot be read: {error}; remove {folder} and write it again") from error
+        for shard, expected in enumerate(index.shard_bytes):
+            file = _shard_path(folder, shard)
+            found = file.stat().st_size if file.is_file() else 0
+            if found != expected:
+                raise DataError(f"{file} has {found:,} of {expected:,} bytes; remove {folder} and write it again")
         if fingerprint is not None:
-            _refuse_other(folder, index.fingerprint, json.loads(json.dumps(dict(fingerprint))))
-        return cls(folder, index, [_map_shard(folder, k, shard, index.rows) for k, shard in enumerate(index.shards)])
+            difference = _difference(index.fingerprint, _as_json(fingerprint))
+            if difference:
+                raise DataError(
+                    f"{folder} was made from something else: {difference}; remove it to make it anew, or go back to what made it"
+                )
+        return cls(folder, index)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._index.num_rows
 
     @property
-    def keys(self) -> list[str]:
-        return list(self._rows)
+    def fingerprint(self) -> dict[str, Any]:
+        """What the rows were made from."""
+        return self._index.fingerprint
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return the shape of one sample's tensor."""
-        return self._rows[key].shape
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the tensors that every row has."""
+        return tuple(self._index.keys)
 
-    def batch(self, key: str, indices: Int64[Tensor, " B"] | Sequence[int]) -> Shaped[Tensor, "B *shape"]:
-        """Gather the tensors of these samples, in this order, as a copy.
+    @property
+    def rejected(self) -> tuple[str, ...]:
+        """Sources that gave no row, one "name: why" each."""
+        return self._index.rejected
 
-        Raises:
-            IndexError: an index is not in 0 ... len - 1.
-        """
-        wanted = indices.tolist() if isinstance(indices, Tensor) else indices
-        rows = [self._shards[shard][key][row] for shard, row in map(self._locate, wanted)]
-        return torch.stack(rows) if rows else self._shards[0][key].new_empty((0, *self.shape(key)))
-
-    def meta(self, index: int) -> Any:
-        """Return what was stored beside the tensors of this sample.
+    def batch(self, key: str, rows: Int64[Tensor, " N"]) -> Tensor:
+        """Gather rows, in the order asked and as often as asked: N, then the shape of one row.
 
         Raises:
-            IndexError: the index is not in 0 ... len - 1.
-            DataError: the file is damaged.
+            DataError: there is no such key or row, or a shard is damaged.
         """
-        shard, row = self._locate(index)
-        return self._metas(shard)[row]
+        if key not in self._index.keys:
+            raise DataError(f"{self.folder} has no {key!r}; {nearest(key, self.keys)}")
+        if not len(rows):
+            return self._place(0)[0].tensors[key][:0].clone()
+        places = [self._place(row) for row in rows.tolist()]
+        return torch.stack([shard.tensors[key][offset] for shard, offset in places])
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.folder} holds samples 0 to {len(self) - 1}, asked for {index}")
-        shard = bisect.bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard - 1] if shard else 0)
+    def meta(self, row: int) -> dict[str, Any]:
+        """Return what was noted of a row.
 
-    def _read_metas(self, shard: int) -> list[Any]:
-        path = _shard_path(self.folder, shard, "jsonl")
+        Raises:
+            DataError: there is no such row, or its shard is damaged.
+        """
+        shard, offset = self._place(row)
+        return shard.meta[offset]
+
+    def _place(self, row: int) -> tuple["_Shard", int]:
+        if not 0 <= row < len(self):
+            raise DataError(f"{self.folder} has rows 0 to {len(self) - 1}, not {row}")
+        number, offset = divmod(row, self._index.samples_per_shard)
+        if number not in self._shards:
+            self._shards[number] = _Shard.open(_shard_path(self.folder, number), self._index, number)
+        return self._shards[number], offset
+
+
+@dataclass(frozen=True)
+class _Shard:
+    tensors: dict[str, Tensor]  # memory-mapped
+    meta: list[dict[str, Any]]
+
+    @classmethod
+    def open(cls, path: Path, index: _Index, number: int) -> "_Shard":
+        rows = index.rows_of(number)
         try:
-            metas = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
-        expected = self._ends[shard] - (self._ends[shard - 1] if shard else 0)
-        if len(metas) != expected:
-            raise DataError(f"{path}: damaged: {expected} lines expected, found {len(metas)}")
-        return metas
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in index.keys}
+                meta = json.loads(file.metadata()["meta"])
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError, RecursionError) as error:
+            raise DataError(f"{path} is damaged ({error}); remove {path.parent} and write it again") from error
+        found = {key: (tuple(value.shape), _name(value.dtype)) for key, value in tensors.items()}
+        expected = {key: ((rows, *one.shape), one.dtype) for key, one in index.keys.items()}
+        well_noted = isinstance(meta, list) and len(meta) == rows and all(isinstance(known, dict) for known in meta)
+        if found != expected or not well_noted:
+            raise DataError(f"{path} does not hold what {INDEX} says; remove {path.parent} and write it again")
+        return cls(tensors, meta)
 
 
-class BuildReport(NamedTuple):
+class _Writer:
+    """Fills one shard after the other; `finish` makes the folder a store."""
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any], samples_per_shard: int) -> None:
+        if samples_per_shard < 1:
+            raise DataError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+        self.folder, self.fingerprint, self.samples_per_shard = folder, _as_json(fingerprint), samples_per_shard
+        self.num_rows = 0
+        self.shard: dict[str, Tensor] = {}  # rows of the shard that is being filled
+        self.meta: list[dict[str, Any]] = []
+        self.shard_bytes: list[int] = []
+        self._claim()
+
+    def _claim(self) -> None:
+        if (self.folder / INDEX).exists():
+            raise DataError(f"{self.folder} holds a finished store; remove it first, or choose another folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            left = sorted(self.folder.iterdir())
+        except OSError as error:
+            raise DataError(f"cannot write a store to {self.folder}: {error.strerror}") from error
+        for path in left:
+            if not (path.match("shard-*.safetensors") or path.name == f".{INDEX}.partial"):
+                raise DataError(f"{self.folder} holds {path.name}, which is no part of a store; choose another folder")
+        for path in left:  # of a store that was never finished: nothing is lost
+            path.unlink()
+
+    def add(self, sample: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        if not self.num_rows:
+            if not sample:
+                raise DataError(f"cannot write {self.folder}: sample 0 has no tensors")
+            self.shard = {k: torch.empty(self.samples_per_shard, *v.shape, dtype=v.dtype) for k, v in sample.items()}
+        if _described(sample) != (first := _described({key: rows[0] for key, rows in self.shard.items()})):
+            raise DataError(
+                f"samples must be alike: sample {self.num_rows} is {_described(sample)}, those before it are {first}"
+            )
+        for key, value in sample.items():
+            self.shard[key][len(self.meta)] = value
+        self.meta.append(meta)
+        self.num_rows += 1
+        if len(self.meta) == self.samples_per_shard:
+            self._flush()
+
+    def _flush(self) -> None:
+        path = _shard_path(self.folder, len(self.shard_bytes))
+        rows = {key: value[: len(self.meta)] for key, value in self.shard.items()}
+        try:
+            save_file(rows, path, metadata={"meta": json.dumps(self.meta)})
+            _sync(path)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot write {path}: {error}") from error
+        self.shard_bytes.append(path.stat().st_size)
+        self.meta = []
+
+    def finish(self, *, rejected: tuple[str, ...] = ()) -> None:
+        if not self.num_rows:
+            raise DataError(f"cannot write {self.folder}: there are no samples")
+        keys = {key: _Key(tuple(rows.shape[1:]), _name(rows.dtype)) for key, rows in self.shard.items()}
+        if self.meta:
+            self._flush()
+        index = _Index(
+            1, self.fingerprint, keys, self.num_rows, self.samples_per_shard, tuple(self.shard_bytes), rejected
+        )
+        partial = self.folder / f".{INDEX}.partial"
+        try:
+            partial.write_text(json.dumps(to_dict(index), indent=1))
+            _sync(partial)
+            os.replace(partial, self.folder / INDEX)
+        except OSError as error:
+            raise DataError(f"cannot write {self.folder / INDEX}: {error.strerror}") from error
+
+
+# --- clips -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuildReport:
     """What became of a folder of videos."""
 
-    store: Store
     num_clips: int
-    skipped: list[Skipped]  # files, and windows of files, that gave no clip
+    num_files: int  # accepted or not
+    rejected: tuple[str, ...]  # one "name: why" each
     reused: bool  # the store was there already
 
 
 def build_clip_store(
-    folder: str | os.PathLike[str],
-    spec: ClipSpec,
-    out: str | os.PathLike[str],
-    *,
-    max_clips_per_file: int | None = None,
-    on_file: Callable[[int, FileReport], None] | None = None,
+    videos: Path, spec: ClipSpec, out: Path, *, on_file: Callable[[int, int], None] | None = None
 ) -> BuildReport:
-    """Decode every usable clip in `folder` once into a store: key "clips", uint8 "T H W 3".
+    """Decode every clip of the videos in a folder once, into a store with the key "frames" (uint8, T H W 3).
 
-    `meta` is {"file", "start" (seconds), "caption", "caption_from"}. Files that cannot be used are skipped and listed.
-    A finished store of the same files, captions and spec is reused. `on_file(number, report)` is called as each file's
-    turn comes.
+    Each row's meta has "caption", "file" (relative to `videos`) and "start" (seconds). A file that is broken or too
+    short is skipped and listed. A finished store of the same videos, captions and spec is used as it is; videos are
+    told apart by name, size, and the bytes at their beginning and end. `on_file(done, total)` follows along.
 
     Raises:
-        DataError: there are no videos or none that can be used, or `out` holds a store made from something else.
+        DataError: there is no clip at all, or `out` is a store of something else.
     """
-    folder, out = Path(folder), Path(out)
-    fingerprint = {"clips": to_dict(spec) | {"max_clips_per_file": max_clips_per_file}, "files": digest_folder(folder)}
-    reused = (out / INDEX).exists()
-    if reused:
-        store = Store.open(out, fingerprint)
-    else:
-        samples = _decode_folder(folder, spec, max_clips_per_file, on_file)
-        store = write_store(out, samples, fingerprint=fingerprint)
-    return BuildReport(store, len(store), store.skipped, reused)
-
-
-def _decode_folder(
-    folder: Path, spec: ClipSpec, max_clips_per_file: int | None, on_file: Callable[[int, FileReport], None] | None
-) -> Iterator[Sample | Skipped]:
-    for number, report in enumerate(inspect_files(folder, spec, max_clips_per_file=max_clips_per_file)):
-        if on_file:
-            on_file(number, report)
-        if not report.accepted:
-            yield Skipped(report.name, report.reason)
-        for start in map(spec.start_of, range(report.num_clips)):
-            try:
-                clip = read_clip(
-                    folder / report.name,
-                    num_frames=spec.num_frames,
-                    fps=spec.fps,
-                    start=start,
-                    size=(spec.height, spec.width),
-                )
-            except MediaError as error:
-                yield Skipped(report.name, str(error))
-                continue
-            about = {
-                "file": report.name,
-                "start": start,
-                "caption": report.caption,
-                "caption_from": report.caption_from,
-            }
-            yield Sample({CLIPS: clip.frames}, about)
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def _shard_path(folder: Path, number: int, suffix: str) -> Path:
-    return folder / f"shard-{number:05d}.{suffix}"
-
-
-def _clear_unfinished(folder: Path) -> None:
-    """Make `folder` an empty folder, provided that it holds nothing but an unfinished store."""
-    if (folder / INDEX).exists():
-        raise DataError(f"{folder} already holds a finished store; remove it, or write elsewhere")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        ours = re.compile(r"shard-\d{5,}\.(safetensors|jsonl)(\.part)?|store\.json\.part")
-        for path in list(folder.iterdir()):
-            if not ours.fullmatch(path.name):
-                raise DataError(f"{folder} holds {path.name}, which is no part of a store; give an empty folder")
-        for path in folder.iterdir():
-            path.unlink()
-    except OSError as error:
-        raise DataError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-@contextmanager
-def _finished(path: Path) -> Iterator[Path]:
-    """Yield a name to write to, and put the file, safely on disk, under its own name."""
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot write {path}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write_shard(folder: Path, number: int, stacks: dict[str, Tensor], metas: list[Any]) -> _Shard:
-    path = _shard_path(folder, number, "safetensors")
-    with _finished(path) as part:
-        save_file(stacks, part)
-    with _finished(_shard_path(folder, number, "jsonl")) as part:
-        part.write_text("".join(json.dumps(meta) + "\n" for meta in metas), encoding="utf-8")
-    return _Shard(len(metas), path.stat().st_size)
-
-
-def _read_index(folder: Path) -> _Index:
-    path = folder / INDEX
-    if not path.is_file():
-        raise DataError(f"{folder} holds no finished store (there is no {INDEX}); build it, or build it anew")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("format") != FORMAT:
-            raise DataError(f"{path}: format {values.get('format')!r}, this version reads {FORMAT}; build it anew")
-        index = from_dict(_Index, values)
-    except (OSError, ValueError, RecursionError, ConfigError) as error:
-        raise DataError(f"{path}: damaged: {error}") from error
-    if not index.rows or not index.shards or any(shard.num_samples < 1 for shard in index.shards):
-        raise DataError(f"{path}: damaged: it names no samples")
-    return index
-
-
-def _map_shard(folder: Path, number: int, shard: _Shard, rows: dict[str, _Row]) -> dict[str, Tensor]:
-    path = _shard_path(folder, number, "safetensors")
-    try:
-        size = path.stat().st_size
-        if size != shard.num_bytes:
-            raise DataError(f"{path}: damaged: {shard.num_bytes} bytes expected, found {size}")
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable itself)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    expected = {key: _Row(row.dtype, (shard.num_samples, *row.shape)) for key, row in rows.items()}
-    found = {k: _Row(str(v.dtype).removeprefix("torch."), tuple(v.shape)) for k, v in tensors.items()}
-    if found != expected:
-        raise DataError(f"{path}: damaged: {_describe(expected)} expected, found {_describe(found)}")
-    return tensors
-
-
-def _refuse_other(folder: Path, stored: Any, asked: Any, path: str = "") -> None:
-    """Raise for the first entry in which two fingerprints differ."""
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        for key in sorted(stored.keys() | asked.keys()):
-            _refuse_other(folder, stored.get(key), asked.get(key), f"{path}.{key}" if path else key)
-    elif stored != asked:
-        raise DataError(
-            f"{folder} was made by something else: its {path} is {json.dumps(stored)}, asked for {json.dumps(asked)}; "
-            "remove it to build it anew, or use another folder"
+    paths = list_videos(videos)
+    captions = read_captions(videos, paths)
+    names = [path.relative_to(videos).as_posix() for path in paths]
+    digest = hashlib.sha256()
+    for path, name in zip(paths, names, strict=True):
+        digest.update(
+            os.fsencode(name) + b"\0" + _digest(path) + captions[path].text.encode("utf-8", "surrogatepass") + b"\0"
         )
+    fingerprint = {"clip": to_dict(spec), "videos": {"files": len(paths), "digest": digest.hexdigest()}}
+    if (out / INDEX).exists():
+        store = Store.open(out, fingerprint=fingerprint)
+        return BuildReport(len(store), len(paths), store.rejected, reused=True)
+
+    clip_bytes = spec.num_frames * spec.height * spec.width * 3
+    writer = _Writer(out, fingerprint, samples_per_shard=max(1, min(512, SHARD_BYTES // clip_bytes)))
+    rejected = []
+    for done, (path, name) in enumerate(zip(paths, names, strict=True)):
+        before = writer.num_rows
+        try:
+            for start, frames in read_windows(path, spec):
+                writer.add({"frames": frames}, {"caption": captions[path].text, "file": name, "start": start})
+        except MediaError as error:
+            kept = f" (clips before that, {writer.num_rows - before}, are kept)" if writer.num_rows > before else ""
+            rejected.append(f"{name}: " + str(error).removeprefix(f"{path}: ") + kept)
+        if on_file:
+            on_file(done + 1, len(paths))
+    if not writer.num_rows:
+        more = f"; and {len(rejected) - 3} more" if len(rejected) > 3 else ""
+        raise DataError(f"no clip in the {len(paths)} videos of {videos}: {'; '.join(rejected[:3])}{more}")
+    writer.finish(rejected=tuple(rejected))
+    return BuildReport(writer.num_rows, len(paths), tuple(rejected), reused=False)
 
 
-def _describe(rows: Mapping[str, _Row]) -> str:
-    return ", ".join(f"{key} {row.dtype} {row.shape}" for key, row in sorted(rows.items())) or "nothing"
+def _digest(path: Path) -> bytes:
+    """Hash a file's size and its first and last 64 KiB: gigabytes of video are not read just to recognise them."""
+    edge = 1 << 16
+    with path.open("rb") as file:
+        head, size = file.read(edge), os.fstat(file.fileno()).st_size
+        file.seek(max(len(head), size - edge))
+        return hashlib.sha256(size.to_bytes(8, "big") + head + file.read(edge)).digest()
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _described(sample: dict[str, Tensor]) -> str:
+    return ", ".join(f"{key} {_name(value.dtype)}{list(value.shape)}" for key, value in sorted(sample.items()))
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what comes back when values are written as JSON: lists for tuples, text for the names of entries."""
+    return json.loads(json.dumps(values))
+
+
+def _difference(before: Any, now: Any, path: str = "") -> str | None:
+    """Name the first entry in which two fingerprints differ, and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        differences = (
+            _difference(before.get(name), now.get(name), f"{path}.{name}".lstrip(".")) for name in {**before, **now}
+        )
+        return next(filter(None, differences), None)
+    return None if before == now else f"{path} was {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 24 else f"{text[:20]}..."
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -30,10 +30,10 @@ class Provenance:
     seed: int
     num_frames: int  # asked for
     sampling: Sampling
-    image: str | None
-    image_sha256: str | None
     model: str
     model_sha256: str
+    image: str | None  # the first frame
+    image_sha256: str | None
     num_threads: int  # sums are split among threads, and their order shows in the last bits
     versions: dict[str, str]
     frames_made: int = 0
@@ -56,10 +56,10 @@ class Provenance:
             seed=seed,
             num_frames=num_frames,
             sampling=sampling,
-            image=None if image is None else str(image.resolve()),
-            image_sha256=None if image is None else file_sha256(image),
             model=str(model.resolve()),
             model_sha256=fingerprint(model),
+            image=None if image is None else str(image.resolve()),
+            image_sha256=None if image is None else file_sha256(image),
             num_threads=torch.get_num_threads(),
             versions=versions_here(),
         )

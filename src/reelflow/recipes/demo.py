@@ -1,9 +1,11 @@
 """The whole line on one machine: learn the synthetic world, make clips nobody has seen, score them, show them.
 
-OUT/run/            the training run, continued where an earlier call stopped
-OUT/clips/          what was generated, as mp4
-OUT/results.json    every number
-OUT/index.html      the page to look at
+    OUT/run/            the training run, continued where an earlier call stopped
+    OUT/clips/          what was generated, as mp4
+    OUT/results.json    every number
+    OUT/index.html      the page to look at
+
+Every number has a target and a floor below which the demo counts as failed.
 """
 
 import json
@@ -62,8 +64,8 @@ def demo(
     """Train (or go on training), generate, score, and write the page; return whether no number is missed by far.
 
     `per_prompt` clips are made of every held-out combination, `num_familiar` of combinations that were trained on,
-    `num_animated` from the first frames of unseen clips, and one of `long_frames` frames. Interrupted training
-    returns False; the same call goes on. Clips, results and page of an earlier call are replaced.
+    `num_animated` from the first frames of unseen clips, and one of `long_frames` frames of each held-out combination
+    that circles. Interrupted training returns False; the same call goes on. What an earlier call made is replaced.
 
     Raises:
         ConfigError: the recipe has no synthetic world, the long clip has an impossible length, or `out` holds
@@ -75,6 +77,8 @@ def demo(
             f"the demo scores clips of the synthetic world, got a recipe on data.kind = {recipe.data.kind}"
         )
     recipe.vae.model.latent_shape(long_frames, recipe.clip.height, recipe.clip.width)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; choose a folder")
     strangers = sorted(p.name for p in out.iterdir() if p.name != "run") if out.is_dir() else []
     if strangers and not (out / "run" / "recipe.json").is_file():
         raise ConfigError(f"{out} holds {strangers[0]}, which is no demo's; choose another folder")
@@ -146,16 +150,16 @@ class _Exhibition:
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             machine=_machine(),
             targets=(
-                Target("Unseen clips reconstructed", fidelity, 30, 27, "dB"),
-                Target("New prompts: colour", 100 * scores.colour, 98, 90, "%"),
-                Target("New prompts: shape", 100 * scores.shape, 90, 60, "%"),
-                Target("New prompts: motion", 100 * scores.motion, 95, 75, "%"),
-                Target("New prompts: all three", 100 * scores.all, 85, 50, "%"),
-                Target("Real clips: all three", 100 * scores_real.all, 100, 98, "%"),
-                Target("From a picture: first frame", first_frame, 28, 25, "dB"),
-                Target("From a picture: motion", 100 * scores_animated.motion, 90, 60, "%"),
-                Target("Time", sum(self.seconds.values()) / 60, 10, None, "min", at_most=True),
-                Target("Peak memory", peak_memory_bytes() / 2**30, 6, None, "GiB", at_most=True),
+                Target("Unseen clips reconstructed", fidelity, 30.0, 27.0, "dB"),
+                Target("New prompts: colour", 100 * scores.colour, 98.0, 90.0, "%"),
+                Target("New prompts: shape", 100 * scores.shape, 90.0, 60.0, "%"),
+                Target("New prompts: motion", 100 * scores.motion, 95.0, 75.0, "%"),
+                Target("New prompts: all three", 100 * scores.all, 85.0, 50.0, "%"),
+                Target("Real clips: all three", 100 * scores_real.all, 100.0, 98.0, "%"),
+                Target("From a picture: first frame", first_frame, 28.0, 25.0, "dB"),
+                Target("From a picture: motion", 100 * scores_animated.motion, 90.0, 60.0, "%"),
+                Target("Time", sum(self.seconds.values()) / 60, 10.0, None, "min", at_most=True),
+                Target("Peak memory", peak_memory_bytes() / 2**30, 6.0, None, "GiB", at_most=True),
             ),
             seconds=self.seconds,
             measures=measures,
@@ -179,11 +183,11 @@ class _Exhibition:
             clips = self._generate(asked, SEED_ANIMATED, pictures=pictures)
             agreement = first_frame_agreement(clips, pictures)
             samples, scores = self._exhibit("animated", clips, asked)
-        animations = []
-        for i, sample in enumerate(samples[:NUM_SHOWN]):
-            file = f"clips/given-{i:03d}.png"
-            write_image(self.out / file, to_frames(pictures[i, :, None])[0])
-            animations.append(Animation(file, sample, agreement[i].item()))
+            animations = []
+            for i, sample in enumerate(samples[:NUM_SHOWN]):
+                file = f"clips/given-{i:03d}.png"
+                write_image(self.out / file, to_frames(pictures[i, :, None])[0])
+                animations.append(Animation(file, sample, agreement[i].item()))
         return animations, scores, agreement.mean().item()
 
     @torch.no_grad()
@@ -193,14 +197,11 @@ class _Exhibition:
         with self._stage("reconstruction", f"{len(self.real)} clips through the autoencoder"):
             rebuilt = torch.cat([vae.decode(vae.encode(part).mean).clamp(-1, 1) for part in self.real.split(4)])
             fidelity, likeness = psnr(rebuilt, self.real), ssim(rebuilt[:16], self.real[:16])
-        shown = []
-        for i in range(min(NUM_SHOWN, len(rebuilt))):
-            pair = torch.cat([pad(self.real[i], (0, GAP)), rebuilt[i]], dim=3)  # side by side
-            shown.append(
-                Reconstruction(
-                    self._write(f"rebuilt-{i:03d}", pair), prompt(*self.scenes[i].combination), fidelity[i].item()
-                )
-            )
+            shown = []
+            for i in range(min(NUM_SHOWN, len(rebuilt))):
+                pair = torch.cat([pad(self.real[i], (0, GAP)), rebuilt[i]], dim=3)  # side by side
+                caption = prompt(*self.scenes[i].combination)
+                shown.append(Reconstruction(self._write(f"rebuilt-{i:03d}", pair), caption, fidelity[i].item()))
         return shown, fidelity.mean().item(), likeness.mean().item()
 
     def _generate(
@@ -241,8 +242,8 @@ class _Exhibition:
         """Write all clips as one video, with a red frame around those that do not show what was asked."""
         followed = torch.tensor([sample.followed for sample in samples]).view(-1, 1, 1, 1, 1)
         frame = torch.where(followed, 0.0, torch.tensor(MISS).view(3, 1, 1, 1))
-        inside = pad(torch.ones_like(clips), 4 * (GAP,)) > 0
-        framed = torch.where(inside, pad(clips, 4 * (GAP,)), frame)
+        framed = pad(clips, 4 * (GAP,)).copy_(frame)
+        framed[..., GAP:-GAP, GAP:-GAP] = clips
         return self._write(
             "all", rearrange(framed, "(rows columns) C T H W -> C T (rows H) (columns W)", columns=columns)
         )

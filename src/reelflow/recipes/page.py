@@ -34,15 +34,14 @@ class Target:
 
     @property
     def met(self) -> bool:
-        return self.value <= self.target if self.at_most else self.value >= self.target
+        return self._reaches(self.target)
 
     @property
     def missed_widely(self) -> bool:
-        if self.floor is None:
-            return False
-        return not (
-            self.value <= self.floor if self.at_most else self.value >= self.floor
-        )  # so written, it catches NaN
+        return self.floor is not None and not self._reaches(self.floor)
+
+    def _reaches(self, bound: float) -> bool:
+        return self.value <= bound if self.at_most else self.value >= bound
 
     @property
     def verdict(self) -> str:
@@ -155,32 +154,29 @@ def write_page(path: Path, results: Results, run: Path) -> None:
 def _plots(run: Path) -> list[str]:
     """Draw how the two trainings went."""
     vae, dit = (_read_log(run / name / "log.jsonl") for name in ("vae", "dit"))
-    crops = [(r["step"], 10 * math.log10(4 / r["l2"])) for r in vae if r.get("l2")]
-    whole = [(r["step"], r["psnr"]) for r in vae if r.get("psnr")]
-    loss = [(r["step"], r["loss"]) for r in dit if r["kind"] == "train" and r["loss"]]
-    binned = [
-        Series(
-            f"step {r['step']}",
-            [(sum(b["t"]) / 2, b["mean"]) for b in r["bins"]],
-            [b["stderr"] or 0 for b in r["bins"]],
-        )
-        for r in [r for r in dit if r.get("bins")][-3:]
-    ]
-    learning = [Series("training crops", crops), Series("unseen clips", whole)]
-    return [
-        f"<figure>{svg}<figcaption>{escape(title)}</figcaption></figure>"
-        for title, svg in (
-            ("Autoencoder: reconstruction", line_plot_svg(learning, x_label="step", y_label="PSNR, dB")),
-            (
-                "Transformer: training loss",
-                line_plot_svg([Series("", loss)], x_label="step", y_label="velocity error", log_y=True),
-            ),
-            (
-                "Transformer: loss on unseen clips, by t (0 is noise, 1 is data), with standard errors",
-                line_plot_svg(binned, x_label="t", y_label="velocity error"),
-            ),
-        )
-    ]
+    crops = Series(
+        "training crops", [(line["step"], 10 * math.log10(4 / line["l2"])) for line in vae if line.get("l2")]
+    )
+    whole = Series("unseen clips", [(line["step"], line["psnr"]) for line in vae if line.get("psnr")])
+    loss = Series("", [(line["step"], line["loss"]) for line in dit if line["kind"] == "train" and line["loss"]])
+    binned = [_binned(line) for line in dit if line.get("bins")][-3:]
+    plots = {
+        "Autoencoder: reconstruction": line_plot_svg([crops, whole], x_label="step", y_label="PSNR, dB"),
+        "Transformer: training loss": line_plot_svg([loss], x_label="step", y_label="velocity error", log_y=True),
+        "Transformer: loss on unseen clips by t (0 is noise, 1 is data), with standard errors": line_plot_svg(
+            binned, x_label="t", y_label="velocity error"
+        ),
+    }
+    return [f"<figure>{svg}<figcaption>{escape(title)}</figcaption></figure>" for title, svg in plots.items()]
+
+
+def _binned(line: dict[str, Any]) -> Series:
+    bins = [row for row in line["bins"] if row["mean"] is not None]
+    return Series(
+        f"step {line['step']}",
+        [(sum(row["t"]) / 2, row["mean"]) for row in bins],
+        [row["stderr"] or 0.0 for row in bins],
+    )
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def line_plot_svg(series: Sequence[Series], *, x_label: str, y_label: str, log_y
     scale = math.log10 if log_y else float
     bars = [[*line.errors, *[0.0] * (len(line.points) - len(line.errors))] for line in series]
     kept = [
-        [(x, y, e) for (x, y), e in zip(line.points, errors, strict=True) if not log_y or y > e]
+        [(float(x), float(y), e) for (x, y), e in zip(line.points, errors, strict=True) if not log_y or y > e]
         for line, errors in zip(series, bars, strict=True)
     ]
     ends = [(x, scale(y + side * e)) for points in kept for x, y, e in points for side in (-1, 1)]
