@@ -40,7 +40,7 @@ def inspect(
     table = Table("file", "clips", "tokens", "caption", "what becomes of it")
     for report in reports:
         fate = "; ".join(report.notes) if report.accepted else f"rejected: {report.reason}"
-        cells = (report.path, f"{report.num_clips}", f"{report.tokens or 0:,}", report.caption, fate)
+        cells = (str(report.path), f"{report.num_clips}", f"{report.tokens or 0:,}", report.caption, fate)
         table.add_row(*(Text(cell) for cell in cells), style=None if report.accepted else "red")
     stdout().print(table)
     accepted = [report for report in reports if report.accepted]
