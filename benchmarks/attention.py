@@ -51,7 +51,7 @@ def main() -> None:
         f"{BATCH_TOKENS} tokens a batch, {HEADS} heads of {HEAD_DIM}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print("FLOP = 3 * 4 * batch * heads * tokens^2 * head_dim: two products of 2 N^2 d, three times with the gradients")
-    print(f"attend() takes the score matrix up to {attention.SHORT} x {attention.SHORT} tokens on a CPU\n")
+    print(f"attend() takes the score matrix in bfloat16 up to {attention.SHORT} x {attention.SHORT} tokens on a CPU\n")
     print(
         f"{'dtype':>8} {'tokens':>6} {'matrix ms':>10} {'fused ms':>10} {'fused/matrix':>12} {'GFLOP/s':>8} {'turns':>6}"
     )

@@ -16,9 +16,9 @@ from reelflow.models.vae import CausalVAE, Stage, VAEConfig
 from reelflow.planning.cost import vae_cost
 
 CONFIG = VAEConfig(
-    latent_channels=16,
-    encoder=(Stage(32, 1, space=2, time=2), Stage(64, 1, space=2, time=2), Stage(128, 1)),
-    decoder=(Stage(128, 1), Stage(64, 1, space=2, time=2), Stage(32, 1, space=2, time=2)),
+    latent_channels=8,
+    encoder=(Stage(16, 1, space=2, time=2), Stage(32, 1, space=2, time=2), Stage(64, 1)),
+    decoder=(Stage(64, 1), Stage(32, 1, space=2, time=2), Stage(16, 1, space=2, time=2)),
     patch=2,
 )
 SIZE, LENGTHS, CHUNK = 64, (17, 65, 257, 1025), 16

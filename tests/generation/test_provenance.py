@@ -19,7 +19,7 @@ def described(model, image=None, prompt="a red ring"):
     return Provenance.of(prompt, seed=2**63 - 1, num_frames=9, sampling=CARD.sampling, model=model, image=image)
 
 
-@pytest.mark.parametrize("prompt", ["", "赤い輪 \"quoted\" \\ \n 🔴", "красное кольцо"])
+@pytest.mark.parametrize("prompt", ["", '赤い輪 "quoted" \\ \n 🔴', "красное кольцо"])
 def test_what_is_written_is_what_is_read(model, tmp_path, prompt):
     provenance = replace(described(model, prompt=prompt), frames_made=5, frames_sha256="ab", interrupted_after=3)
     provenance.write(tmp_path / "clip.json")

@@ -19,10 +19,17 @@ def random_mask(*shape: int, seed: int = 3) -> torch.Tensor:
     return mask
 
 
-def attended(q, k, v, mask):
+def fused(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+PATHS = [attention._attend_short, fused]
+
+
+def attended(path, q, k, v, mask):
     """The output, and the gradients of a random weighting of it."""
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
-    y = attend(q, k, v, mask=mask)
+    y = path(q, k, v, mask)
     return y, *torch.autograd.grad((y * normal(*y.shape, seed=9)).sum(), (q, k, v))
 
 
@@ -38,13 +45,20 @@ def test_short_attention_is_scaled_dot_product_attention(batch, heads, n, m, mas
     q, k, v = normal(batch, heads, n, 8), normal(batch, heads, m, 8, seed=1), normal(batch, heads, m, 8, seed=2)
     shapes = {"keys": (batch, 1, 1, m), "queries": (batch, 1, n, m), "heads": (batch, heads, n, m)}
     mask = None if mask_shape == "none" else random_mask(*shapes[mask_shape])
-    short = attended(q, k, v, mask)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "SHORT", 0)
-        fused = attended(q, k, v, mask)
-    assert torch.equal(fused[0], merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
-    for ours, theirs in zip(short, fused, strict=True):
+    for ours, theirs in zip(*(attended(path, q, k, v, mask) for path in PATHS), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert torch.equal(attend(q, k, v, mask=mask), merge_heads(fused(q, k, v, mask)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit", "is_short"), [(torch.bfloat16, 4, True), (torch.bfloat16, 3, False), (torch.float32, 4, False)]
+)
+def test_the_score_matrix_is_formed_for_short_bfloat16_only(dtype, limit, is_short, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", limit)
+    monkeypatch.setattr(attention, "_attend_short", lambda q, k, v, mask: torch.full_like(q, 7))
+    q = normal(1, 1, 2, 4).to(dtype)
+    kv = normal(1, 1, 8, 4).to(dtype)  # 2 x 8 scores are as many as 4 x 4
+    assert bool((attend(q, kv, kv) == 7).all()) == is_short
 
 
 def test_attention_is_a_weighted_mean_of_values_by_its_definition():
@@ -53,19 +67,18 @@ def test_attention_is_a_weighted_mean_of_values_by_its_definition():
     torch.testing.assert_close(attend(q, k, v)[0], torch.stack(expected), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("short", [0, 1024])
-def test_a_masked_key_has_no_influence_and_gets_no_gradient(short, monkeypatch):
-    monkeypatch.setattr(attention, "SHORT", short)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_masked_key_has_no_influence_and_gets_no_gradient(path):
     q, k, v = normal(2, 2, 5, 4), normal(2, 2, 6, 4, seed=1), normal(2, 2, 6, 4, seed=2)
     mask = torch.ones(2, 1, 1, 6, dtype=torch.bool)
     mask[..., 4] = False
-    y, _, k_grad, v_grad = attended(q, k, v, mask)
+    y, _, k_grad, v_grad = attended(path, q, k, v, mask)
     assert not k_grad[:, :, 4].any()
     assert not v_grad[:, :, 4].any()
     assert k_grad[:, :, 3].all()
     k[:, :, 4], v[:, :, 4] = 1e3, -1e3
-    assert torch.equal(attend(q, k, v, mask=mask), y)
-    assert not torch.equal(attend(q, k, v), y)
+    assert torch.equal(path(q, k, v, mask), y)
+    assert not torch.equal(path(q, k, v, None), y)
 
 
 def test_heads_split_and_merge_without_a_trace():

@@ -166,6 +166,8 @@ def _make(
                 cut = replace(request, frames_made=writer.num_frames, frames_sha256=None, interrupted_after=steps)
                 cut.write(beside)
             raise
+        if told is not None and not interrupted.is_set():
+            stopped_after = told.interrupted_after  # which its frames may have ended before
         made = replace(
             request, frames_made=num_frames, frames_sha256=digest.hexdigest(), interrupted_after=stopped_after
         )

@@ -131,7 +131,7 @@ def plan(
     )
 
 
-def _flops(count: float) -> str:
+def _flops(count: float | int) -> str:
     for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -25,7 +25,7 @@ def attend(
 
     `mask` is True where a key may be seen; every query must see one.
     """
-    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT**2:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= SHORT**2:
         return merge_heads(_attend_short(q, k, v, mask))
     return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
@@ -33,8 +33,8 @@ def attend(
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attend through the whole score matrix.
 
-    On a CPU the fused kernel loses while the matrix fits the cache: at 90 tokens, bf16, this is 3.6 times as fast
-    forward and backward, at 330 tokens 3.9 times, and they meet near 1,300 (`benchmarks/attention.py`).
+    On a CPU in bfloat16 the backward of the fused kernel is slow: forward and backward this is 2.7 to 4 times as fast
+    at 90 tokens, 1.5 to 1.8 times at 330, and they meet near 1,300. In float32 it never wins (`benchmarks/attention.py`).
     """
     heads = q.shape[:2]
     scores = torch.bmm(q.flatten(0, 1) * q.shape[-1] ** -0.5, k.flatten(0, 1).mT)

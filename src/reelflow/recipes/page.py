@@ -49,7 +49,7 @@ class Target:
 
     @property
     def wanted(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.target:g}\N{NO-BREAK SPACE}{self.unit}"
+        return f"{'≤' if self.at_most else '≥'}\N{NO-BREAK SPACE}{self.target:g}\N{NO-BREAK SPACE}{self.unit}"
 
     @property
     def shown(self) -> str:
@@ -268,7 +268,7 @@ video.pair { width: 390px }
 video.wall { width: auto; max-width: 100% }
 .row { display: flex; gap: 6px }
 summary { cursor: pointer; margin: 1.4rem 0 .8rem }
-svg { width: 100% }
+svg { display: block; width: 100% }
 svg text { font-size: 11.5px; fill: var(--soft) }
 svg path, svg polyline { fill: none; stroke: var(--c); stroke-width: 1.5 }
 svg circle, svg tspan { fill: var(--c) }
@@ -300,7 +300,7 @@ $samples
 $wall
 </details>
 <h2>Through the autoencoder</h2>
-<p>Clips it never saw, left, and what it made of its own latents of them, right.</p>
+<p>Clips it never saw, left; the same, decoded from their latents, right.</p>
 <div class="pairs">
 $reconstructions
 </div>

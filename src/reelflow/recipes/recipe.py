@@ -235,7 +235,12 @@ class _Runner:
             shutil.rmtree(partial, ignore_errors=True)
             with self._stage("render", f"rendering {num_clips:,} clips of the world") as on_clip:
                 render_world(
-                    partial, data.world, num_clips=num_clips, combinations=combinations, seed=data.seed + offset, on_clip=on_clip
+                    partial,
+                    data.world,
+                    num_clips=num_clips,
+                    combinations=combinations,
+                    seed=data.seed + offset,
+                    on_clip=on_clip,
                 )
             partial.rename(target)
 
@@ -254,7 +259,9 @@ class _Runner:
         if stage.pretrained is not None:
             pretrained = Pipeline.load(Path(stage.pretrained))
             if pretrained.card.vae != stage.model:
-                raise ConfigError(f"the autoencoder of {stage.pretrained} has another shape than vae.model; copy its configuration")
+                raise ConfigError(
+                    f"the autoencoder of {stage.pretrained} has another shape than vae.model; copy its configuration"
+                )
             return pretrained.vae
         torch.manual_seed(stage.training.seed)
         vae = CausalVAE(stage.model)
@@ -281,7 +288,9 @@ class _Runner:
         with ShuffledBatches(
             len(learned.rows),
             stage.training.batch_size,
-            lambda rows, generator: draw_crops(learned.store.batch("frames", learned.rows[rows]), stage.loss, generator),
+            lambda rows, generator: draw_crops(
+                learned.store.batch("frames", learned.rows[rows]), stage.loss, generator
+            ),
             seed=stage.training.seed,
         ) as batches:
             result = train(
@@ -342,7 +351,9 @@ class _Runner:
                 on_clip(done, len(clips.rows))
 
         with self._stage("encode", f"encoding {len(clips.rows):,} clips") as on_clip:
-            write_store(folder, samples(on_clip), fingerprint=made_by, meta=[{"caption": caption} for caption in captions])
+            write_store(
+                folder, samples(on_clip), fingerprint=made_by, meta=[{"caption": caption} for caption in captions]
+            )
         return Store.open(folder, fingerprint=made_by)
 
     # The transformer
@@ -352,7 +363,9 @@ class _Runner:
         stage = self.recipe.dit
         torch.manual_seed(stage.training.seed)
         dit = VideoDiT(stage.model)
-        shape = self.recipe.vae.model.latent_shape(self.recipe.clip.num_frames, self.recipe.clip.height, self.recipe.clip.width)
+        shape = self.recipe.vae.model.latent_shape(
+            self.recipe.clip.num_frames, self.recipe.clip.height, self.recipe.clip.width
+        )
         cost = dit_cost(stage.model, shape[1:], self.recipe.text.max_words)
 
         def preview(folder: Path, step: int) -> None:
@@ -384,7 +397,9 @@ class _Runner:
                 batches,
                 stage.training,
                 self.folder / "dit",
-                hidden=lambda name, weight: weight.ndim == 2 and name.startswith("blocks.") and ".modulation." not in name,
+                hidden=lambda name, weight: (
+                    weight.ndim == 2 and name.startswith("blocks.") and ".modulation." not in name
+                ),
                 console=self.console,
             )
         self._spent("transformer", result.seconds)
@@ -415,7 +430,9 @@ def _differences(before: object, now: object, path: str = "") -> list[str]:
     """Name the values in which two recipes differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = {**before, **now}
-        return [d for name in names for d in _differences(before.get(name), now.get(name), f"{path}.{name}".lstrip("."))]
+        return [
+            d for name in names for d in _differences(before.get(name), now.get(name), f"{path}.{name}".lstrip("."))
+        ]
     return [] if before == now else [f"{path} was {before}, now {now}"]
 
 
