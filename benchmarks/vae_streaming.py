@@ -1,8 +1,8 @@
-"""A clip through the autoencoder at once and as a stream: seconds, and the memory that grows with its length or not.
+"""A clip through the autoencoder of `make demo` at once and as a stream: seconds, and the memory that grows with its length or not.
 
 Run: python benchmarks/vae_streaming.py (OMP_NUM_THREADS=1 for one thread). Each row is a process of its own, because
-a process never forgets its peak; memory is that peak less what it held before the first frame. The stream makes its
-frames as it goes and keeps none, so its memory is what streaming itself needs.
+a process never forgets its peak; memory is that peak less the peak before the first frame, so 0 means less than
+starting up had needed. The stream makes its frames as it goes and keeps none: its memory is what streaming needs.
 """
 
 import resource
@@ -12,16 +12,12 @@ import time
 
 import torch
 
-from reelflow.models.vae import CausalVAE, Stage, VAEConfig
+from reelflow.models.vae import CausalVAE
 from reelflow.planning.cost import vae_cost
+from reelflow.recipes.world import world
 
-CONFIG = VAEConfig(
-    latent_channels=8,
-    encoder=(Stage(16, 1, space=2, time=2), Stage(32, 1, space=2, time=2), Stage(64, 1)),
-    decoder=(Stage(64, 1), Stage(32, 1, space=2, time=2), Stage(16, 1, space=2, time=2)),
-    patch=2,
-)
-SIZE, LENGTHS, CHUNK = 64, (17, 65, 257, 1025), 16
+CONFIG = world().vae.model
+SIZE, LENGTHS, CHUNK = 64, (17, 65, 257, 1025), 4 * CONFIG.temporal_stride
 
 
 def peak_mib() -> float:

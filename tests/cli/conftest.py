@@ -1,7 +1,7 @@
 import pytest
-from tiny_model import tiny_pipeline
 
 from reelflow.cli.main import run
+from tiny_model import tiny_pipeline
 
 
 @pytest.fixture(scope="session")

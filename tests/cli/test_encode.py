@@ -3,10 +3,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_model import tiny_pipeline
 
 from reelflow.data.video import read_clip, write_video
 from reelflow.evaluation.pixels import psnr
+from tiny_model import tiny_pipeline
 
 
 @pytest.fixture

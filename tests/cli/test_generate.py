@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_model import tiny_pipeline
 
 from reelflow.cli import generate as command
 from reelflow.data.video import read_clip, write_image
 from reelflow.generation.pipeline import to_frames
+from tiny_model import tiny_pipeline
 
 PROMPT = "a red ring moving left"
 

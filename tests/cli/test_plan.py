@@ -3,6 +3,20 @@ import pytest
 from reelflow.cli.plan import Costs
 from reelflow.config import set_values
 from reelflow.recipes.world import world
+from reelflow.training.meters import duration
+
+
+@pytest.fixture(autouse=True)
+def peak(monkeypatch):
+    """This machine does 1 TFLOP/s."""
+    monkeypatch.setattr("reelflow.training.meters.measure_peak_flops", lambda dtype, device: 1e12)
+
+
+def test_time_is_operations_over_a_share_of_the_measured_peak(reelflow):
+    costs, steps = Costs.of(world()), world().dit.training.steps
+    out = reelflow("plan", "world", "--share", 0.5)[1]
+    assert duration(steps * costs.dit_step / 0.5e12) in out
+    assert "1,000 GFLOP/s" in out
 
 
 def test_a_plan_names_parameters_tokens_operations_bytes_and_the_formula(reelflow):

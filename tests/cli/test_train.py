@@ -3,13 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import CARD
 
 from reelflow.config import to_dict
 from reelflow.data.video import write_video
 from reelflow.recipes.folder import folder
 from reelflow.recipes.recipe import FolderData, Recipe, Run
 from reelflow.recipes.world import world
+from tiny_model import CARD
 
 
 @pytest.fixture

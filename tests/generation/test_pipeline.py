@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import CARD, tiny_pipeline
 
 from reelflow.errors import CheckpointError, ConfigError
 from reelflow.generation.pipeline import (
@@ -14,6 +13,7 @@ from reelflow.generation.pipeline import (
     read_card,
     to_frames,
 )
+from tiny_model import CARD, tiny_pipeline
 
 PROMPT = "a red ring moving left"
 

@@ -3,10 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_model import CARD, tiny_pipeline
 
 from reelflow.errors import CheckpointError, MediaError
 from reelflow.generation.provenance import Provenance, file_sha256
+from tiny_model import CARD, tiny_pipeline
 
 
 @pytest.fixture
@@ -80,9 +80,10 @@ def test_something_else_is_refused(tmp_path, text):
         Provenance.read(tmp_path / "clip.json")
 
 
-def test_a_field_too_many_is_refused(model, tmp_path):
+@pytest.mark.parametrize("change", [{"sed": 1}, {"seed": -1}, {"num_threads": 0}, {"prompt": 3}, {"format": 2}])
+def test_a_field_that_is_unknown_or_out_of_range_is_named(model, tmp_path, change):
     path = tmp_path / "clip.json"
     described(model).write(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "sed": 1}))
-    with pytest.raises(MediaError, match="sed"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(MediaError, match=next(iter(change))):
         Provenance.read(path)

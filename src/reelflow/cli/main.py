@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 done but not as hoped, 2 refused (one line on standard error says why), 130 stopped by Ctrl-C.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def run(arguments: Sequence[str]) -> int:
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -92,4 +95,10 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 def main() -> None:
     """Run the command line of this process."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

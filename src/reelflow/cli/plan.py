@@ -56,9 +56,9 @@ class Costs:
         )
 
 
-def summary(recipe: "Recipe") -> str:
+def summary(recipe: "Recipe", costs: Costs) -> str:
     """Say on one line what a recipe trains."""
-    costs, clip = Costs.of(recipe), recipe.clip
+    clip = recipe.clip
     return (
         f"clips of {clip.num_frames} x {clip.height} x {clip.width} at {clip.fps:g} fps -> "
         f"autoencoder ({costs.vae.num_parameters / 1e6:.1f} M parameters, {costs.vae.compression:.0f} values to 1) -> "
@@ -119,7 +119,7 @@ def plan(
         ("estimated training", *(duration(seconds) for seconds in times)),
     ):
         table.add_row(name, *cells)
-    print(summary(chosen))
+    print(summary(chosen, costs))
     stdout().print(table)
     seconds = costs.clip / (share * peaks[chosen.sampling.precision])
     print(f"a generated clip: {_flops(costs.clip)}, about {duration(seconds)} ({chosen.sampling.num_steps} steps)")

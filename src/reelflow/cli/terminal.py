@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reelflow.errors import ConfigError, MediaError
 
-__all__ = ["interruptible", "new_file", "parse_size", "progress_bar", "stdout", "warn"]
+__all__ = ["INTERRUPTED", "interruptible", "new_file", "parse_size", "progress_bar", "stdout", "warn"]
 
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 

@@ -32,7 +32,7 @@ def train(
     if recipe is None:
         raise ConfigError("give a recipe, such as: reelflow train world; --list says which there are")
 
-    from reelflow.cli.plan import summary
+    from reelflow.cli.plan import Costs, summary
     from reelflow.data.folder import list_videos
     from reelflow.recipes.recipe import FolderData, run
 
@@ -42,7 +42,7 @@ def train(
     chosen = find_recipe(recipe, assignments)
     if isinstance(chosen.data, FolderData):
         list_videos(Path(chosen.data.folder))  # a missing folder is refused before the run claims one
-    print(summary(chosen))
+    print(summary(chosen, Costs.of(chosen)))
     folder = out or Path("runs") / recipe
     try:
         model = run(chosen, folder, console=stdout()).model

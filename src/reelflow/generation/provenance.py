@@ -41,6 +41,11 @@ class Provenance:
     interrupted_after: int | None = None  # steps; None when it was left to finish
     format: Literal[1] = 1
 
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("num_frames", 1), ("num_threads", 1), ("frames_made", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
     @classmethod
     def of(
         cls, prompt: str, *, seed: int, num_frames: int, sampling: Sampling, model: Path, image: Path | None

@@ -96,7 +96,8 @@ class VideoDiT(nn.Module):
         `t` is one number per clip, or a row per clip with one number per token frame or per token, in scan order.
 
         Raises:
-            ConfigError: extents do not fit the patch, or a door is used that the model does not have (or the reverse).
+            ConfigError: extents do not fit the patch; a door is used that the model does not have, or the reverse; or
+                what comes through it has another width.
         """
         grid = token_grid(tuple(latents.shape[2:]), self.config.patch)  # type: ignore[arg-type]
         t = self._check(latents, t, grid, condition)
