@@ -1,4 +1,4 @@
-"""A clip through the autoencoder of `make demo` at once and as a stream: seconds, and the memory that grows with its length or not.
+"""The autoencoder of `make demo` over a whole clip and over a stream: seconds, and memory against the clip's length.
 
 Run: python benchmarks/vae_streaming.py (OMP_NUM_THREADS=1 for one thread). Each row is a process of its own, because
 a process never forgets its peak; memory is that peak less the peak before the first frame, so 0 means less than

@@ -54,4 +54,6 @@ def test_files_that_the_pages_name_exist():
         for target in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
         for file in re.findall(r"`((?:\w+/)+\w+\.(?:py|md))`", page.read_text()):
-            assert any((base / file).exists() for base in (ROOT, ROOT / "src" / "reelflow")), f"{page.name} names {file}"
+            assert any((base / file).exists() for base in (ROOT, ROOT / "src" / "reelflow")), (
+                f"{page.name} names {file}"
+            )

@@ -43,7 +43,9 @@ def imported(tree: ast.AST) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in line {node.lineno}"
-            names += [f"{node.module}.{alias.name}" if node.module == "reelflow" else str(node.module) for alias in node.names]
+            names += [
+                f"{node.module}.{alias.name}" if node.module == "reelflow" else str(node.module) for alias in node.names
+            ]
     return names
 
 
@@ -63,13 +65,17 @@ def test_imports_point_down(path):
 STANDARD = {"collections", "dataclasses", "functools", "itertools", "math", "typing"}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) != "families"], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if room_of(p) != "families"], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_brand_names_stay_in_families(path):
     tree = ast.parse(path.read_text())
     docstrings = {
         id(node.body[0].value)
         for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body and isinstance(node.body[0], ast.Expr)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
     }
     words = [(n.lineno, n.id) for n in ast.walk(tree) if isinstance(n, ast.Name)]
     words += [(n.lineno, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr != "svd"]

@@ -18,7 +18,14 @@ VAE = VAEConfig(
 @pytest.mark.parametrize("layers", [(Dual(), Single()), (Single(mlp_ratio=2.0), Dual(mlp_ratio=3.0), Single())])
 def test_the_formula_agrees_with_counted_operations(layers, activation):
     config = DiTConfig(
-        in_channels=4, dim=48, num_heads=2, layers=layers, rope=(8, 8, 8), activation=activation, context_dim=12, vector_dim=6
+        in_channels=4,
+        dim=48,
+        num_heads=2,
+        layers=layers,
+        rope=(8, 8, 8),
+        activation=activation,
+        context_dim=12,
+        vector_dim=6,
     )
     cost = dit_cost(config, (3, 8, 4), context_tokens=7)
     with torch.device("meta"):

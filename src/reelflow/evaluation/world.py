@@ -29,7 +29,9 @@ def score_prompts(clips: Sequence[UInt8[np.ndarray, "T H W 3"]], asked: Sequence
         ConfigError: the two are empty or of different lengths.
     """
     if len(clips) != len(asked) or not clips:
-        raise ConfigError(f"need one request per clip, and at least one; got {len(clips)} clips and {len(asked)} requests")
+        raise ConfigError(
+            f"need one request per clip, and at least one; got {len(clips)} clips and {len(asked)} requests"
+        )
     rows = [score_clip(clip, c.colour, c.shape, c.motion) for clip, c in zip(clips, asked, strict=True)]
     means = {name: float(np.mean([row[name] for row in rows])) for name in ("colour", "shape", "motion", "all")}
     return PromptScores(len(rows), **means)
