@@ -84,7 +84,10 @@ def test_a_path_that_leads_nowhere_is_refused_with_the_nearest_name(assignment, 
         ("inner.rate=fast", "inner.rate"),
         ("inner.name=3", "inner.name"),
         ("inner=3", "inner"),
-        ("sizes=[1, true, {}]", "sizes.2"),
+        ("sizes=[1, 2, {}]", "sizes.2"),
+        ("sizes=[1, true]", "sizes.1"),
+        ("seed=true", "seed"),
+        ('seed="7"', "seed"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_its_path(assignment, path):

@@ -37,7 +37,7 @@ def from_dict(cls: type[T], values: Any) -> T:
         ConfigError: a field is unknown, missing, of the wrong type, or refused by the class itself.
     """
     try:
-        return TypeAdapter(cls).validate_python(values)
+        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "value"

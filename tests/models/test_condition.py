@@ -90,3 +90,16 @@ def test_only_floating_parts_take_a_dtype():
     assert moved.context.dtype == moved.vector.dtype == moved.channels.dtype == moved.residual.dtype == torch.float64
     assert (moved.context_mask.dtype, moved.label.dtype) == (torch.bool, torch.int64)
     assert same(full().to("cpu"), full())
+
+
+def test_trimming_drops_only_what_no_sample_uses():
+    mask = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    context = torch.arange(8.0).view(2, 4, 1)
+    trimmed = Condition(context=context, context_mask=mask).trimmed()
+    assert trimmed.context_mask is not None
+    assert torch.equal(trimmed.context_mask, mask[:, :2])
+    assert torch.equal(trimmed.context, context[:, :2])
+    nothing = Condition(context=context, context_mask=torch.zeros_like(mask)).trimmed()
+    assert nothing.context is not None
+    assert nothing.context.shape == (2, 0, 1)
+    assert Condition(context=context).trimmed().context is context

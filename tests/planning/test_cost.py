@@ -26,6 +26,7 @@ def test_the_formula_agrees_with_counted_operations(layers, activation):
         activation=activation,
         context_dim=12,
         vector_dim=6,
+        stem=5,
     )
     cost = dit_cost(config, (3, 8, 4), context_tokens=7)
     with torch.device("meta"):

@@ -13,8 +13,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Complex64, Float, Float32, UInt8
@@ -41,6 +42,7 @@ __all__ = [
     "split_combinations",
 ]
 
+AT_ONCE = 64  # clips rendered between two reports of progress
 PAINT = {  # RGB, about 60 degrees of hue apart
     "red": (218, 46, 44),
     "green": (52, 172, 70),
@@ -320,26 +322,28 @@ def render_world(
         raise DataError(f"{folder} is not an empty folder; give a new one, or remove it first")
     folder.mkdir(parents=True, exist_ok=True)
 
-    clips = []
-    for index in range(num_clips):
+    def make(index: int) -> dict[str, Any]:
         round_number, turn = divmod(index, len(combinations))
         order = np.random.default_rng([seed, 0, round_number]).permutation(len(combinations))
         scene = world.draw_scene(np.random.default_rng([seed, 1, index]), **combinations[order[turn]]._asdict())
         clip, name = world.render(scene), f"{index:05d}"
         write_video(folder / f"{name}.mp4", clip.frames, fps=world.fps)
         _write_text(folder / f"{name}.txt", clip.caption + "\n")
-        clips.append(
-            {
-                "file": f"{name}.mp4",
-                "caption": clip.caption,
-                "label": clip.label,
-                "scene": dataclasses.asdict(scene),
-                "trajectory": clip.trajectory.round(3).tolist(),
-                "pan": clip.pan.round(3).tolist(),
-            }
-        )
-        if on_clip:
-            on_clip(index + 1, num_clips)
+        return {
+            "file": f"{name}.mp4",
+            "caption": clip.caption,
+            "label": clip.label,
+            "scene": dataclasses.asdict(scene),
+            "trajectory": clip.trajectory.round(3).tolist(),
+            "pan": clip.pan.round(3).tolist(),
+        }
+
+    clips: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of a clip's time is its encoding, which runs beside Python
+        for start in range(0, num_clips, AT_ONCE):
+            clips += pool.map(make, range(start, min(start + AT_ONCE, num_clips)))
+            if on_clip:
+                on_clip(len(clips), num_clips)
     _write_text(folder / "world.json", json.dumps({"world": to_dict(world), "seed": seed, "clips": clips}))
 
 

@@ -24,23 +24,28 @@ def shift_times(t: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*sha
     return t / (t + shift * (1 - t))
 
 
-def draw_uniform(num: int, generator: torch.Generator, *, shift: float = 1.0) -> Float[Tensor, " num"]:
-    """Draw times uniform in [0, 1), then shifted."""
-    return shift_times(torch.rand(num, generator=generator, device=generator.device), shift)
+def draw_uniform(num: int, generator: torch.Generator, *, shift: float = 1.0) -> Float[Tensor, " {num}"]:
+    """Draw times uniform in [0, 1), then shifted; one from each of `num` equal parts, in rising order.
+
+    Each part of the distribution gets its share of every batch, which takes noise out of the loss and its gradient
+    (as for variational diffusion: Kingma et al. 2021, app. I.1).
+    """
+    strata = torch.arange(num, device=generator.device)
+    return shift_times((strata + torch.rand(num, generator=generator, device=generator.device)) / num, shift)
 
 
 def draw_logit_normal(
     num: int, generator: torch.Generator, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
-) -> Float[Tensor, " num"]:
-    """Draw times whose logit is normal, then shifted (Esser et al. 2024, eq. 19).
+) -> Float[Tensor, " {num}"]:
+    """Draw times whose logit is normal, then shifted (Esser et al. 2024, eq. 19); in equal parts as `draw_uniform`.
 
     Raises:
         ConfigError: `std` is not positive.
     """
     if not std > 0:
         raise ConfigError(f"std must be positive, got {std}")
-    normal = torch.randn(num, generator=generator, device=generator.device)
-    return shift_times(torch.sigmoid(mean + std * normal), shift)
+    quantiles = draw_uniform(num, generator).double().clamp(1e-9, 1 - 1e-9)
+    return shift_times(torch.sigmoid(mean + std * torch.special.ndtri(quantiles)).float(), shift)
 
 
 def inference_times(

@@ -238,7 +238,7 @@ class Pipeline:
         Raises:
             ConfigError: a prompt is longer than the encoder reads.
         """
-        return self.card.text(prompts).condition()
+        return self.card.text(prompts).condition().trimmed()
 
     def _chunk(
         self,

@@ -71,6 +71,14 @@ class Condition:
                 parts[field.name] = torch.where(keep.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
         return replace(self, **parts)
 
+    def trimmed(self) -> "Condition":
+        """Drop the context tokens beyond the longest sample's; nothing attends to them, so no output changes."""
+        if self.context is None or self.context_mask is None:
+            return self
+        used = self.context_mask.any(dim=0).nonzero()
+        length = int(used.max()) + 1 if len(used) else 0
+        return replace(self, context=self.context[:, :length], context_mask=self.context_mask[:, :length])
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
         """Move every part; floating ones also take `dtype`."""
         moved = {}

@@ -1,6 +1,6 @@
 """The video transformer: embed the latents' patches, walk a list of blocks, read out a prediction.
 
-    tokens  = linear(patches [+ channels door]) [+ sin-cos positions] [+ residual door]
+    tokens  = linear(patches of latents [+ channels door] [+ stem]) [+ sin-cos positions] [+ residual door]
     context = linear(context door)
     vector  = embed(t) [+ embed(vector door)] [+ class row]          one per clip, per frame or per token
     tokens  = blocks(tokens, context, vector, rotary positions)
@@ -46,12 +46,15 @@ class DiTConfig:
     absolute: Literal["none", "sincos"] = "none"  # positions added to the tokens, beside the rotary ones
     theta: float = 10_000.0  # base of rotary and absolute frequencies; about 100 suits grids of a few tokens a side
     activation: Activation = "gelu_tanh"
+    stem: int = 0  # channels of a 3 x 3 x 3 convolution set beside the latents, so that patches know their neighbours
     context_dim: int = 0  # width of the context door's features; 0 closes it
     vector_dim: int = 0  # width of the vector door's features; 0 closes it
     extra_channels: int = 0  # channels door
     num_classes: int = 0  # rows of the class table, to which one more is added for "no class"
 
     def __post_init__(self) -> None:
+        if self.stem < 0 or self.extra_channels < 0:
+            raise ConfigError(f"stem and extra_channels count channels, got {self.stem} and {self.extra_channels}")
         if self.in_channels < 1 or min(self.patch) < 1:
             raise ConfigError(
                 f"in_channels and patch must be at least 1, got {self.in_channels} and {tuple(self.patch)}"
@@ -71,7 +74,9 @@ class VideoDiT(nn.Module):
         super().__init__()
         self.config = config
         dim, cells = config.dim, config.patch.t * config.patch.h * config.patch.w
-        self.embed = nn.Linear((config.in_channels + config.extra_channels) * cells, dim)
+        channels = config.in_channels + config.extra_channels
+        self.stem = nn.Conv3d(channels, config.stem, 3, padding=1) if config.stem else None
+        self.embed = nn.Linear((channels + config.stem) * cells, dim)
         self.time = TimeEmbedding(dim)
         self.vector = VectorEmbedding(config.vector_dim, dim) if config.vector_dim else None
         self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
@@ -102,6 +107,8 @@ class VideoDiT(nn.Module):
         grid = token_grid(tuple(latents.shape[2:]), self.config.patch)  # type: ignore[arg-type]
         t = self._check(latents, t, grid, condition)
         x = latents if condition.channels is None else torch.cat([latents, condition.channels], dim=1)
+        if self.stem is not None:
+            x = torch.cat([x, self.stem(x).to(x.dtype)], dim=1)
         x = self.embed(patchify(x, self.config.patch))
         positions = grid_positions(*grid, device=x.device)
         if self.config.absolute == "sincos":
@@ -116,7 +123,9 @@ class VideoDiT(nn.Module):
             vector=vector,
             # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
             context_vector=vector if t.shape[1] == 1 else self.time(t.amin(1, keepdim=True)) + self._vector(condition),
-            rope=rope_table(positions, self.config.rope, theta=self.config.theta).to(x.dtype),
+            rope=rope_table(positions, self.config.rope, theta=self.config.theta).to(
+                torch.promote_types(x.dtype, torch.float32)
+            ),
             mask=self._mask(condition, grid),
         )
         for block in self.blocks:

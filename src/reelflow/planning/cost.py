@@ -10,6 +10,7 @@ A training step costs three forwards: one, and two for the gradients of inputs a
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
@@ -72,6 +73,7 @@ def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_toke
     num_tokens = token_grid(latent_shape, config.patch).num_tokens
     joint = num_tokens + context_tokens
     matrices = num_tokens * (_weights(model.embed) + _weights(model.out))
+    matrices += prod(latent_shape) * _weights(model.stem)
     matrices += _weights(model.time) + _weights(model.modulation)
     matrices += _weights(model.vector) + context_tokens * _weights(model.context)
     for block in model.blocks:

@@ -390,7 +390,11 @@ class _Runner:
         )
         self.console.rule("transformer")
         with ShuffledBatches(
-            len(latents), stage.training.batch_size, lambda rows, _: batch(latents, rows), seed=stage.training.seed
+            len(latents),
+            stage.training.batch_size,
+            lambda rows, _: batch(latents, rows),
+            seed=stage.training.seed,
+            prefetch=0,  # a millisecond, less than a second pool of threads would cost
         ) as batches:
             result = train(
                 task,

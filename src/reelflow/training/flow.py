@@ -102,7 +102,7 @@ class FlowTask:
         elif kind < self.config.image_fraction + self.config.given_fraction and frames > 1:
             given = int(torch.randint(1, min(self.config.max_given, frames - 1) + 1, (), generator=generator))
         keep = torch.rand(latents.shape[0], generator=generator) >= self.config.condition_dropout
-        condition = batch.condition.where(keep, self.null)
+        condition = batch.condition.where(keep, self.null).trimmed()
         errors = self._errors(latents, self._draw_times(latents.shape[0], generator), condition, generator, given)
         tokens = token_grid(tuple(latents.shape[2:]), self.model.config.patch).num_tokens  # type: ignore[arg-type]
         return Loss(errors.mean(), {}, num_tokens=latents.shape[0] * tokens, num_samples=latents.shape[0])

@@ -187,8 +187,7 @@ class _Run:
         self.skipped = self.skipped_in_a_row = 0
         self.best: Best | None = None
         self.earlier_seconds = 0.0
-        self.sums: dict[str, Tensor] = {}  # of losses since the last log line, left on the device
-        self.num_summed = 0
+        self.sums: dict[str, tuple[Tensor, int]] = {}  # of losses since the last log line, on the device, and how many
 
     # Beginning and continuing
 
@@ -215,10 +214,9 @@ class _Run:
             self.step, self.earlier_seconds = state["step"], state["seconds"]
             self.skipped, self.skipped_in_a_row = state["skipped"]
             self.best = None if state["best"] is None else Best(*state["best"])
-            self.num_summed = state["summed"]["count"]
             self.sums = {
-                name: torch.tensor(value, dtype=torch.float32, device=self.device)
-                for name, value in state["summed"]["sums"].items()
+                name: (torch.tensor(total, dtype=torch.float32, device=self.device), count)
+                for name, (total, count) in state["summed"].items()
             }
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{found} was not written by this version's training loop: {error!r}") from error
@@ -237,7 +235,7 @@ class _Run:
                 "seconds": seconds,
                 "skipped": [self.skipped, self.skipped_in_a_row],
                 "best": self.best,
-                "summed": {"count": self.num_summed, "sums": {name: x.item() for name, x in self.sums.items()}},
+                "summed": {name: [total.item(), count] for name, (total, count) in self.sums.items()},
             },
         )
         best = [] if self.best is None else [self.best.step]
@@ -271,8 +269,9 @@ class _Run:
                 optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.step)
-            self.sums = {name: self.sums[name] + x if name in self.sums else x for name, x in values.items()}
-            self.num_summed += 1
+            for name, x in values.items():
+                total, times = self.sums.get(name, (torch.zeros_like(x), 0))
+                self.sums[name] = total + x, times + 1
             self.skipped_in_a_row = 0
         else:
             self.skipped += 1
@@ -343,8 +342,8 @@ class _Run:
 
     def read(self, meter: Throughput, *, eta_seconds: float) -> dict[str, Any]:
         """Return the means since the last log line, the rates, and start both over."""
-        values: dict[str, Any] = {name: total.item() / self.num_summed for name, total in self.sums.items()}
-        self.sums, self.num_summed = {}, 0
+        values: dict[str, Any] = {name: total.item() / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
         return {
             **values,
             "lr_fraction": schedule(self.config.optimizer, self.step - 1, self.config.steps),

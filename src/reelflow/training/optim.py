@@ -43,6 +43,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     muon_momentum: float = 0.95
+    muon_iterations: int = 5  # of `orthogonalize`; each is a few percent of a small model's step
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps", "grad_clip"):
@@ -51,6 +52,8 @@ class OptimizerConfig:
                 raise ConfigError(f"{name} must be a positive number, got {value}")
         if not all(0 <= value < 1 for value in (*self.betas, self.muon_momentum)):
             raise ConfigError(f"betas and muon_momentum must lie in [0, 1), got {self.betas} and {self.muon_momentum}")
+        if self.muon_iterations < 1:
+            raise ConfigError(f"muon_iterations must be at least 1, got {self.muon_iterations}")
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError(f"final_fraction must lie in [0, 1], got {self.final_fraction}")
         if self.weight_decay < 0 or self.warmup_steps < 0:
@@ -112,7 +115,13 @@ def build_optimizers(
     if muon:
         assert config.muon_lr is not None
         optimizers.append(
-            Muon(muon, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
+            Muon(
+                muon,
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+                ns_steps=config.muon_iterations,
+            )
         )
     if not optimizers:
         raise ConfigError(f"{type(model).__name__} has no parameters that require a gradient")
