@@ -42,7 +42,7 @@ __all__ = [
     "split_combinations",
 ]
 
-AT_ONCE = 64  # clips rendered between two reports of progress
+AT_ONCE = 64  # clips handed to the threads together; an interrupt waits for no more than these
 PAINT = {  # RGB, about 60 degrees of hue apart
     "red": (218, 46, 44),
     "green": (52, 172, 70),
@@ -341,9 +341,10 @@ def render_world(
     clips: list[dict[str, Any]] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of a clip's time is its encoding, which runs beside Python
         for start in range(0, num_clips, AT_ONCE):
-            clips += pool.map(make, range(start, min(start + AT_ONCE, num_clips)))
-            if on_clip:
-                on_clip(len(clips), num_clips)
+            for clip in pool.map(make, range(start, min(start + AT_ONCE, num_clips))):
+                clips.append(clip)
+                if on_clip:
+                    on_clip(len(clips), num_clips)
     _write_text(folder / "world.json", json.dumps({"world": to_dict(world), "seed": seed, "clips": clips}))
 
 
