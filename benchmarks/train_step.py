@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def main() -> None:
                 on_step=lambda _: marks.append(time.perf_counter()),
                 console=Console(quiet=True),
             )
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)][2:-1]  # the last step writes a checkpoint
+        return [b - a for a, b in pairwise(marks)][2:-1]  # the last step writes a checkpoint
 
     rows: dict[str, list[float]] = {"bare": [], "loop": []}
     for _ in range(ROUNDS):
