@@ -18,7 +18,11 @@ __all__ = ["world"]
 
 
 def world() -> Recipe:
-    """64 x 64, 17 frames, 144 combinations of colour, shape and motion, of which 16 are never seen in training."""
+    """64 x 64, 17 frames, 144 combinations of colour, shape and motion, of which 16 are never seen in training.
+
+    About 11 minutes and 2.6 GiB on two cores. Measured on 128 clips of the unseen combinations: colour 100 %, shape
+    78 %, motion 84 %, all three 72 %; unseen clips rebuilt at 30.3 dB (docs/results.md).
+    """
     return Recipe(
         data=WorldData(world=World(), num_clips=3600, num_validation=64, seed=0),
         clip=ClipSpec(num_frames=17, height=64, width=64, fps=8.0),
