@@ -104,7 +104,7 @@ class VideoDiT(nn.Module):
             ConfigError: extents do not fit the patch; a door is used that the model does not have, or the reverse; or
                 what comes through it has another width.
         """
-        grid = token_grid(tuple(latents.shape[2:]), self.config.patch)  # type: ignore[arg-type]
+        grid = token_grid(latents.shape[2:], self.config.patch)
         t = self._check(latents, t, grid, condition)
         x = latents if condition.channels is None else torch.cat([latents, condition.channels], dim=1)
         if self.stem is not None:

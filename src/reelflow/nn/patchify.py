@@ -1,5 +1,6 @@
 """Latents become spacetime tokens, and tokens become latents again."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from einops import rearrange
@@ -31,7 +32,7 @@ class Grid(NamedTuple):
         return self.t * self.h * self.w
 
 
-def token_grid(shape: tuple[int, int, int], patch: Patch) -> Grid:
+def token_grid(shape: Sequence[int], patch: Patch) -> Grid:
     """Return the token grid of latents with extents (T, H, W).
 
     Raises:

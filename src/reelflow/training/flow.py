@@ -104,7 +104,7 @@ class FlowTask:
         keep = torch.rand(latents.shape[0], generator=generator) >= self.config.condition_dropout
         condition = batch.condition.where(keep, self.null).trimmed()
         errors = self._errors(latents, self._draw_times(latents.shape[0], generator), condition, generator, given)
-        tokens = token_grid(tuple(latents.shape[2:]), self.model.config.patch).num_tokens  # type: ignore[arg-type]
+        tokens = token_grid(latents.shape[2:], self.model.config.patch).num_tokens
         return Loss(errors.mean(), {}, num_tokens=latents.shape[0] * tokens, num_samples=latents.shape[0])
 
     def validate(self, generator: torch.Generator) -> dict[str, Any]:
