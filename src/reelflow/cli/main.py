@@ -17,6 +17,7 @@ from reelflow.cli.encode import encode
 from reelflow.cli.evaluate import evaluate
 from reelflow.cli.generate import generate
 from reelflow.cli.plan import plan
+from reelflow.cli.plot import plot
 from reelflow.cli.terminal import INTERRUPTED
 from reelflow.cli.train import train
 from reelflow.errors import ReelflowError
@@ -27,6 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 for command in (generate, train, encode, evaluate, plan):
     app.command()(command)
 app.add_typer(data, name="data")
+app.add_typer(plot, name="plot")
 
 
 @app.command()
