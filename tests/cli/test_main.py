@@ -100,3 +100,13 @@ def test_the_status_of_demo_says_whether_it_went_well(reelflow, monkeypatch, tmp
     monkeypatch.setitem(sys.modules, "reelflow.recipes.demo", module)
     assert reelflow("demo", "--out", tmp_path / "show")[0] == expected
     assert seen == [tmp_path / "show"]
+
+
+def test_freed_memory_is_kept_without_harm_where_there_is_no_glibc(monkeypatch):
+    main.keep_freed_memory()
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(main.ctypes, "CDLL", missing)
+    main.keep_freed_memory()

@@ -31,3 +31,8 @@ def test_activations_are_their_formulas():
     torch.testing.assert_close(activate(x, "relu2"), x.clamp(min=0) ** 2)
     torch.testing.assert_close(activate(x, "geglu"), gelu[..., :8] * x[..., 8:])
     torch.testing.assert_close(activate(x, "swiglu"), silu[..., :8] * x[..., 8:])
+
+
+def test_the_derivative_of_the_squared_relu_is_twice_the_relu():
+    x = torch.tensor([[[-2.0, -0.5, 0.5, 3.0]]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: activate(x, "relu2"), x)

@@ -132,6 +132,22 @@ def test_muon_moves_many_matrices_as_it_moves_each_alone():
         assert torch.allclose(p, q, atol=1e-5)
 
 
+def test_muon_moving_every_third_step_goes_three_times_as_far_by_the_same_momentum():
+    gradients = torch.randn(6, 4, 7, generator=torch.Generator().manual_seed(0))
+    each, third = (nn.Parameter(torch.zeros(4, 7)) for _ in range(2))
+    optimizers = {
+        1: Muon([each], lr=0.1, ns_dtype=torch.float32),
+        3: Muon([third], lr=0.1, ns_dtype=torch.float32, every=3),
+    }
+    for step, gradient in enumerate(gradients, start=1):
+        before = each.detach().clone(), third.detach().clone()
+        each.grad, third.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers.values():
+            optimizer.step()
+        expected = 3 * (each.detach() - before[0]) if step % 3 == 0 else torch.zeros(4, 7)
+        torch.testing.assert_close(third.detach() - before[1], expected)
+
+
 def test_muon_leaves_weights_without_a_gradient_alone_and_refuses_vectors():
     weight = nn.Parameter(torch.ones(3, 3))
     Muon([weight], lr=1.0, weight_decay=0.5).step()

@@ -278,6 +278,11 @@ def _claimed_seconds(container: Any, stream: Any) -> float | None:
     return container.duration / av.time_base if container.duration and len(container.streams) == 1 else None
 
 
+def _threads(frame: av.VideoFrame) -> int:
+    """Threads for converting a frame; 0 lets FFmpeg choose."""
+    return 1 if frame.width * frame.height <= SMALL else 0
+
+
 def _has_alpha(frame: av.VideoFrame) -> bool:
     return frame.format.name == "pal8" or any(component.is_alpha for component in frame.format.components)
 
@@ -320,7 +325,7 @@ class _Picture:
         if frame.colorspace == Colorspace.DEFAULT and frame.height >= 720:
             frame.colorspace = Colorspace.ITU709
         if _has_alpha(frame):
-            pixels = self.convert.reformat(frame, format="rgba").to_ndarray()
+            pixels = self.convert.reformat(frame, format="rgba", threads=_threads(frame)).to_ndarray()
             rgb, alpha = pixels[..., :3], pixels[..., 3:].astype(np.uint16)
             frame = av.VideoFrame.from_ndarray(((rgb * alpha + 127) // 255).astype(np.uint8), format="rgb24")
         height, width = self.covering(frame)
@@ -328,7 +333,12 @@ class _Picture:
         scaled = (height, width) != (frame.height, frame.width)
         filters = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
         converted = self.convert.reformat(
-            frame, width=width, height=height, format="rgb24", interpolation=filters if scaled else None
+            frame,
+            width=width,
+            height=height,
+            format="rgb24",
+            interpolation=filters if scaled else None,
+            threads=_threads(frame),
         )
         pixels = self.upright(converted.to_ndarray())
         if self.size:
@@ -481,8 +491,9 @@ class VideoWriter:
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
                 interpolation=Interpolation.AREA,
+                threads=_threads(picture),
             )
-        return self._reformatter.reformat(picture, format=self._encoding.pixels)
+        return self._reformatter.reformat(picture, format=self._encoding.pixels, threads=_threads(picture))
 
     def _mux(self, picture: av.VideoFrame | None) -> None:
         self._container.mux(self._stream.encode(picture))

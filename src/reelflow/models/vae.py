@@ -255,7 +255,7 @@ class CausalVAE(nn.Module):
         p = self.config.patch
         return rearrange(x, "B (C h w) T H W -> B C T (H h) (W w)", h=p, w=p), state
 
-    def stream_decode(self, chunks: Iterable[Float[Tensor, "B c t h w"]]) -> Iterator[Float[Tensor, "B 3 T H W"]]:
+    def stream_decode(self, chunks: Iterable[Float[Tensor, "B c _ h w"]]) -> Iterator[Float[Tensor, "B 3 T H W"]]:
         """Decode latents as they come, at memory that does not grow with the clip."""
         state: State = START
         for latents in chunks:

@@ -1,10 +1,12 @@
 """The feed-forward half of a block, in its usual kinds."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["Activation", "Mlp", "activate", "inner_width"]
 
@@ -26,9 +28,25 @@ def activate(x: Float[Tensor, "B N inner"], activation: Activation) -> Float[Ten
     if activation == "silu":
         return F.silu(x)
     if activation == "relu2":
-        return F.relu(x).square()
+        return _SquaredReLU.apply(x)
     gate, value = x.chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") if activation == "geglu" else F.silu(gate)) * value
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 and its derivative 2 relu(x), which keep one tensor and take one pass each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
 
 
 class Mlp(nn.Module):

@@ -44,6 +44,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     muon_momentum: float = 0.95
     muon_iterations: int = 5  # of `orthogonalize`; each is a few percent of a small model's step
+    muon_every: int = 1  # steps between moves by Muon, each as many times as long
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps", "grad_clip"):
@@ -52,8 +53,10 @@ class OptimizerConfig:
                 raise ConfigError(f"{name} must be a positive number, got {value}")
         if not all(0 <= value < 1 for value in (*self.betas, self.muon_momentum)):
             raise ConfigError(f"betas and muon_momentum must lie in [0, 1), got {self.betas} and {self.muon_momentum}")
-        if self.muon_iterations < 1:
-            raise ConfigError(f"muon_iterations must be at least 1, got {self.muon_iterations}")
+        if self.muon_iterations < 1 or self.muon_every < 1:
+            raise ConfigError(
+                f"muon_iterations and muon_every must be at least 1, got {self.muon_iterations} and {self.muon_every}"
+            )
         if not 0 <= self.final_fraction <= 1:
             raise ConfigError(f"final_fraction must lie in [0, 1], got {self.final_fraction}")
         if self.weight_decay < 0 or self.warmup_steps < 0:
@@ -121,6 +124,7 @@ def build_optimizers(
                 momentum=config.muon_momentum,
                 weight_decay=config.weight_decay,
                 ns_steps=config.muon_iterations,
+                every=config.muon_every,
             )
         )
     if not optimizers:
@@ -148,6 +152,9 @@ class Muon(torch.optim.Optimizer):
 
     `torch.optim.Muon` takes two-dimensional weights only and orthogonalises them one at a time; here all matrices of
     one shape (or its transpose) go through a single chain of batched products with the small side as the Gram matrix.
+
+    The momentum hardly turns within a few steps, so weights may move at every `every`-th step only, `every` times as far:
+    the momentum takes up every gradient, and the products, which dominate for a small batch, are saved.
     """
 
     def __init__(
@@ -159,6 +166,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,  # float32 or bfloat16; None: whichever is faster here
+        every: int = 1,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -166,6 +174,7 @@ class Muon(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "ns_steps": ns_steps,
             "ns_dtype": ns_dtype,
+            "every": every,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -191,11 +200,17 @@ class Muon(torch.optim.Optimizer):
         for parameter in params:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                self.state[parameter]["step"] = torch.zeros(())
         averages = [self.state[parameter]["momentum"] for parameter in params]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+        steps = [self.state[parameter]["step"] for parameter in params]
+        torch._foreach_add_(steps, 1)
+        if steps[0] % group["every"]:
+            return
+        lr = group["lr"] * group["every"]
         directions = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov: look one step ahead
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         alike: dict[tuple[int, int], list[int]] = {}
         for index, parameter in enumerate(params):
             rows, columns = parameter.shape[0], parameter[0].numel()
@@ -209,7 +224,7 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = matrix.shape
                 update = update if rows <= columns else update.mT
                 scale = max(1, rows / columns) ** 0.5
-                params[index].add_(update.reshape(params[index].shape), alpha=-group["lr"] * scale)
+                params[index].add_(update.reshape(params[index].shape), alpha=-lr * scale)
 
 
 def orthogonalize(
