@@ -29,7 +29,7 @@ def queries_keys_values(
     """
     head_dim = norm_q.normalized_shape[0]
     num_heads = qkv.shape[-1] // 3 // head_dim
-    if qkv.device.type == "cpu":
+    if qkv.device.type == "cpu" and not (rope is not None and rope.requires_grad):
         return _Fused.apply(qkv, norm_q.weight, norm_k.weight, rope, num_heads, norm_q.eps)
     q, k, v = (split_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
     return _rotated(norm_q(q), rope), _rotated(norm_k(k), rope), v
@@ -59,7 +59,7 @@ class _Fused(torch.autograd.Function):
         y = normed.mul_(rrms) * weight
         turns = None if rope is None else torch.view_as_complex(rope.to(dtype))
         if turns is not None:
-            turns = turns if turns.ndim == 2 else turns[:, None]
+            turns = turns[:, None] if turns.ndim == 3 else turns
             _turn(y, turns)
         ctx.save_for_backward(normed, rrms, weight, turns)
         ctx.weight_dtype = weight_q.dtype
