@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from reelflow.config import from_dict, to_dict
 from reelflow.errors import ConfigError
-from reelflow.models.blocks import Dual, Single
+from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single, gate_values
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.nn.patchify import Patch
+from reelflow.nn.patterns import Causal, Full, Gated, Space, Time, Window
 
 FULL = DiTConfig(
     in_channels=3,
@@ -25,7 +27,9 @@ FULL = DiTConfig(
     num_classes=3,
 )
 BARE = replace(FULL, context_dim=0, vector_dim=0, extra_channels=0, num_classes=0)
-LAYERS = [(Dual(mlp_ratio=2.0),), (Single(mlp_ratio=2.0),), (Dual(), Single(), Single())]
+FACTORISED = Branches((Attend(Space()), Attend(Time()), FeedForward(2.0)))
+WITH_TEXT = Branches((Attend(Space()), Attend(Time()), Cross(), FeedForward(2.0)))
+LAYERS = [(Dual(mlp_ratio=2.0),), (Single(mlp_ratio=2.0),), (Dual(), Single(), Single()), (WITH_TEXT,)]
 T, H, W = 3, 4, 6
 FRAME_TOKENS = H // 2 * (W // 2)
 TOKENS = T * FRAME_TOKENS
@@ -57,6 +61,7 @@ def doors(batch: int = 2, *, residual: bool = True) -> Condition:
     )
 
 
+FITTING = doors(residual=False)
 X, TIMES = normal(2, 3, T, H, W, seed=5), torch.tensor([0.2, 0.9], dtype=torch.float64)
 
 
@@ -171,28 +176,68 @@ def expected_parameters(c: DiTConfig) -> int:
         return inputs * outputs + outputs
 
     dim, cells, gated = c.dim, c.patch.t * c.patch.h * c.patch.w, c.activation in ("geglu", "swiglu")
-    total = linear((c.in_channels + c.extra_channels) * cells, dim) + linear(dim, c.in_channels * cells)
+    total = linear((c.in_channels + c.extra_channels) * cells, dim)
+    total += linear(dim, (c.out_channels or c.in_channels) * cells)
     total += linear(256, dim) + linear(dim, dim) + linear(dim, 2 * dim)
     total += (linear(c.vector_dim, dim) + linear(dim, dim)) * bool(c.vector_dim)
-    total += linear(c.context_dim, dim) * bool(c.context_dim) + (c.num_classes + 1) * dim * bool(c.num_classes)
+    text, head = c.context_width or dim, dim // c.num_heads
+    total += linear(c.context_dim, text) * bool(c.context_dim) + (c.num_classes + 1) * dim * bool(c.num_classes)
+
+    def mlp(width: int, ratio: float) -> int:
+        hidden = round(ratio * width)
+        return linear(width, hidden * (1 + gated)) + linear(hidden, width)
+
+    def attention(width: int) -> int:
+        return linear(width, 3 * dim) + 2 * head + linear(dim, width)
+
     for layer in c.layers:
-        hidden = round(layer.mlp_ratio * dim)
-        up, project = linear(dim, hidden * (1 + gated)), linear(dim, 3 * dim) + 2 * dim // c.num_heads
         if isinstance(layer, Dual):
-            total += 2 * (linear(dim, 6 * dim) + project + linear(dim, dim) + up + linear(hidden, dim))
+            total += linear(dim, 6 * dim) + attention(dim) + mlp(dim, layer.mlp_ratio)
+            if layer.context_out:
+                total += linear(dim, 6 * text) + attention(text) + mlp(text, layer.mlp_ratio)
+            else:
+                total += linear(dim, 2 * text) + linear(text, 2 * dim) + head
+        elif isinstance(layer, Single):
+            hidden = round(layer.mlp_ratio * dim)
+            total += linear(dim, 3 * dim) + linear(dim, 3 * dim) + 2 * head
+            total += linear(dim, hidden * (1 + gated)) + linear(dim + hidden, dim)
         else:
-            total += linear(dim, 3 * dim) + project + up + linear(dim + hidden, dim)
+            for branch in layer.branches:
+                total += linear(dim, 3 * dim) - dim if branch.norm == "adaptive" else 2 * dim
+                if isinstance(branch, FeedForward):
+                    total += mlp(dim, branch.ratio)
+                elif isinstance(branch, Cross):
+                    total += 2 * linear(dim, dim) + linear(text, 2 * dim) + 2 * head
+                else:
+                    total += attention(dim) + (c.num_heads if branch.pattern == Gated("head") else 0)
+            total += dim * sum(branch.norm == "adaptive" for branch in layer.branches)
     return total
 
 
 @settings(max_examples=15, deadline=None)
 @given(
-    base=st.sampled_from([FULL, BARE]),
-    layers=st.lists(st.sampled_from([Dual(), Single(mlp_ratio=2.5)]), max_size=3),
+    base=st.sampled_from([FULL, BARE, replace(FULL, layers=(), context_width=10, out_channels=7)]),
+    layers=st.lists(
+        st.sampled_from(
+            [
+                Dual(),
+                Dual(context_out=False),
+                Single(mlp_ratio=2.5),
+                FACTORISED,
+                Branches((Attend(Gated("head")), FeedForward(norm="plain"))),
+                WITH_TEXT,
+            ]
+        ),
+        max_size=3,
+    ),
     activation=st.sampled_from(["gelu_tanh", "relu2", "swiglu"]),
     patch=st.tuples(*3 * [st.integers(1, 2)]),
 )
 def test_parameters_are_counted_by_formula(base, layers, activation, patch):
+    if base.context_width:
+        layers = [layer for layer in layers if not isinstance(layer, Single)]
+    if not base.context_dim:
+        layers = [layer for layer in layers if layer != WITH_TEXT]
     config = replace(base, layers=tuple(layers), activation=activation, patch=Patch(*patch))
     with torch.device("meta"):
         model = VideoDiT(config)
@@ -211,6 +256,81 @@ def test_one_model_takes_any_number_of_frames_and_any_size(grid, patch):
     assert y.any()
 
 
+CLASS_ONLY = replace(BARE, num_classes=3, activation="geglu", out_channels=6)
+TEXT = replace(BARE, context_dim=5)
+FOUNDING = {
+    "factorised": replace(CLASS_ONLY, layers=2 * (FACTORISED,)),
+    "pixels": replace(CLASS_ONLY, layers=2 * (FACTORISED,), in_channels=3, patch=Patch(1, 4, 6)),
+    "space-time-cross": replace(TEXT, layers=2 * (WITH_TEXT,)),
+    "gated": replace(TEXT, layers=2 * (Branches((Attend(Gated("head")), Cross(), FeedForward(2.0))),)),
+    "asymmetric": replace(TEXT, layers=(Dual(), Dual(context_out=False)), context_width=10),
+    "periodic": replace(CLASS_ONLY, layers=(FACTORISED, Branches((Attend(Full()), FeedForward())))),
+    "windows": replace(TEXT, layers=(Dual(attend=Window(2, 2, 2)), Single(attend=Window(2, 2, 2, shift=(1, 1, 1))))),
+}
+
+
+@pytest.mark.parametrize("config", FOUNDING.values(), ids=FOUNDING.keys())
+def test_the_founding_designs_are_configurations_all_of_whose_weights_learn(config):
+    assert from_dict(DiTConfig, to_dict(config)) == config
+    condition = Condition(
+        context=FITTING.context if config.context_dim else None,
+        context_mask=FITTING.context_mask if config.context_dim else None,
+        label=FITTING.label if config.num_classes else None,
+    )
+    model = network(config)
+    y = model(X, TIMES, condition)
+    assert y.shape == (2, config.out_channels or 3, T, H, W)
+    y.square().sum().backward()
+    untouched = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert untouched == []
+    assert len(gate_values(model)) == (2 if config is FOUNDING["gated"] else 0)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [2 * (Branches((Attend(Causal()), Cross(), FeedForward())),), (Dual(attend=Causal()), Single(attend=Causal()))],
+    ids=["branches", "joint"],
+)
+def test_a_causal_model_predicts_early_frames_without_the_late_ones(layers):
+    model, t = network(replace(TEXT, layers=layers)), torch.tensor([[0.1, 0.5, 0.7]] * 2, dtype=torch.float64)
+    condition = Condition(context=FITTING.context, context_mask=FITTING.context_mask)
+    changed, later = X.clone(), t.clone()
+    changed[:, :, 2:] += 1
+    later[:, 2:] += 0.1
+    before, after = model(X, t, condition), model(changed, later, condition)
+    close(after[:, :, :2], before[:, :, :2])
+    assert (after[:, :, 2] != before[:, :, 2]).any()
+
+
+def test_skipping_blocks_is_the_model_of_the_others():
+    layers = (Dual(), WITH_TEXT, Single(), Dual())
+    model = network(replace(FULL, layers=layers))
+    for skip in ((1,), frozenset({0, 2}), (0, 1, 2, 3)):
+        kept = [i for i in range(4) if i not in skip]
+        fewer = network(replace(FULL, layers=tuple(layers[i] for i in kept)))
+        own = {n: value for n, value in model.state_dict().items() if not n.startswith("blocks.")}
+        for new, old in enumerate(kept):
+            own |= {f"blocks.{new}.{n}": value for n, value in model.blocks[old].state_dict().items()}
+        fewer.load_state_dict(own)
+        y = model(X, TIMES, doors(), skip=skip)
+        assert torch.equal(y, fewer(X, TIMES, doors()))
+        assert not torch.equal(y, model(X, TIMES, doors()))
+
+
+@pytest.mark.parametrize("skip", [(2,), (-1,)])
+def test_a_block_that_is_not_there_cannot_be_skipped(skip):
+    with pytest.raises(ConfigError, match=rf"skip takes blocks 0 to 1, got {skip[0]}"):
+        network(FULL)(X, TIMES, doors(), skip=skip)
+
+
+def test_a_window_larger_than_the_clip_is_refused():
+    model = network(replace(BARE, layers=(Single(attend=Window(1, 3, 2)),)))
+    with pytest.raises(
+        ConfigError, match=r"a window of h=3 tokens is larger than the grid of \(3, 2, 3\) tokens; nearest: 2"
+    ):
+        model(X, TIMES)
+
+
 def test_frames_have_an_order_and_rows_and_columns_a_place():
     model, y = network(BARE), network(BARE)(X, TIMES)
     for axis in (2, 3, 4):
@@ -225,9 +345,6 @@ def test_bfloat16_autocast_stays_near_float32(t):
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(x, t.float(), condition)
     assert (rough.float() - exact).norm() < 0.03 * exact.norm()
-
-
-FITTING = doors(residual=False)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +382,9 @@ def test_a_closed_door_is_refused(door):
         ({"rope": (4, 4, 6)}, r"sum to the head dim 12, got \(4, 4, 6\) \(sum 14\); for example \(4, 4, 4\)"),
         ({"patch": Patch(1, 0, 2)}, "patch must be at least 1"),
         ({"in_channels": 0}, "in_channels and patch must be at least 1, got 0"),
+        ({"out_channels": -1}, "out_channels counts channels, got -1; nearest: 0"),
+        ({"context_width": 10}, r"layers\[1\] is a Single, .* got dim=24 and context_width=10"),
+        ({"layers": (Dual(), WITH_TEXT), "context_dim": 0}, r"layers\[1\] attends to a context, but context_dim is 0"),
     ],
 )
 def test_an_impossible_shape_is_refused(changes, message):

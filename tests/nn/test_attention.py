@@ -81,6 +81,18 @@ def test_a_masked_key_has_no_influence_and_gets_no_gradient(path):
     assert not torch.equal(path(q, k, v, None), y)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient(path):
+    q, k, v = normal(2, 2, 3, 4), normal(2, 2, 4, 4, seed=1), normal(2, 2, 4, 4, seed=2)
+    mask = torch.ones(2, 1, 3, 4, dtype=torch.bool)
+    mask[0, :, 1] = False
+    y, *gradients = attended(path, q, k, v, mask)
+    assert not y[0, :, 1].any()
+    assert y[1].all()
+    assert not gradients[0][0, :, 1].any()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_heads_split_and_merge_without_a_trace():
     x = normal(2, 3, 12)
     heads = split_heads(x, 4)

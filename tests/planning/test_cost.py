@@ -1,10 +1,15 @@
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 
-from reelflow.models.blocks import Dual, Single
+from reelflow.errors import ConfigError
+from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig
+from reelflow.nn.patterns import Causal, Full, Gated, Skip, Space, Time, Window
 from reelflow.planning.cost import count_flops, dit_cost, num_parameters, training_bytes, vae_cost
 
 VAE = VAEConfig(
@@ -12,30 +17,52 @@ VAE = VAEConfig(
     encoder=(Stage(16, 1, space=2, time=2), Stage(32, 1)),
     decoder=(Stage(32, 1), Stage(16, 1, space=2, time=2)),
 )
+DIT = DiTConfig(
+    in_channels=4, dim=48, num_heads=2, layers=(), rope=(8, 8, 8), context_dim=12, vector_dim=6, stem=5, out_channels=3
+)
+PATTERNS = [Full(), Space(), Time(), Window(2, 3, 2, shift=(1, 0, 0)), Skip(5, run=2), Causal(1), Gated("token")]
+SOME = [Causal(), Gated("token")]
+CASES = [("branches", p) for p in PATTERNS] + [(kind, p) for kind in ("dual", "read", "single") for p in SOME]
+
+
+@cache
+def counted(config: DiTConfig, context_tokens: int) -> int:
+    """Count by walking the model."""
+    with torch.device("meta"):
+        condition = Condition(vector=torch.empty(1, 6))
+        if config.context_dim:
+            condition = replace(condition, context=torch.empty(1, context_tokens, 12))
+        return count_flops(VideoDiT(config), torch.empty(1, 4, 3, 8, 4), torch.empty(1), condition)
+
+
+@pytest.mark.parametrize(("kind", "pattern"), CASES)
+def test_the_formula_counts_every_operation_of_every_kind_and_pattern(kind, pattern):
+    layer = {
+        "dual": Dual(mlp_ratio=3.0, attend=pattern),
+        "read": Dual(attend=pattern, context_out=False),
+        "single": Single(mlp_ratio=2.0, attend=pattern),
+        "branches": Branches((Attend(pattern), Cross(), FeedForward(2.5), Cross("adaptive"), Attend(pattern, "plain"))),
+    }[kind]
+    config = replace(DIT, layers=(layer,), context_width=0 if kind == "single" else 24)
+    shell = replace(config, layers=())
+    cost, outside = (dit_cost(c, (3, 8, 4), context_tokens=7) for c in (config, shell))
+    assert cost.flops - outside.flops == counted(config, 7) - counted(shell, 7)
+    assert cost.num_tokens == 3 * 4 * 2
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-@pytest.mark.parametrize("layers", [(Dual(), Single()), (Single(mlp_ratio=2.0), Dual(mlp_ratio=3.0), Single())])
-def test_the_formula_agrees_with_counted_operations(layers, activation):
-    config = DiTConfig(
-        in_channels=4,
-        dim=48,
-        num_heads=2,
-        layers=layers,
-        rope=(8, 8, 8),
-        activation=activation,
-        context_dim=12,
-        vector_dim=6,
-        stem=5,
-    )
-    cost = dit_cost(config, (3, 8, 4), context_tokens=7)
-    with torch.device("meta"):
-        model = VideoDiT(config)
-        condition = Condition(context=torch.empty(1, 7, 12), vector=torch.empty(1, 6))
-        counted = count_flops(model, torch.empty(1, 4, 3, 8, 4), torch.empty(1), condition)
-    assert cost.flops == pytest.approx(counted, rel=0.01)
-    assert cost.num_tokens == 3 * 4 * 2
+@pytest.mark.parametrize("context", [0, 7])
+def test_the_formula_counts_a_mixed_stack_with_and_without_context(activation, context):
+    layers = (Dual(), Single(), Branches((Attend(Space()), FeedForward())), Single(mlp_ratio=2.0))
+    config = replace(DIT, layers=layers, activation=activation, context_dim=12 if context else 0)
+    cost = dit_cost(config, (3, 8, 4), context_tokens=context)
+    assert cost.flops == pytest.approx(counted(config, context), rel=0.001)
     assert cost.num_parameters == num_parameters(VideoDiT(config))
+
+
+def test_a_window_larger_than_the_clip_is_refused_before_anything_runs():
+    with pytest.raises(ConfigError, match="larger than the grid"):
+        dit_cost(replace(DIT, layers=(Single(attend=Window(4, 2, 2)),)), (3, 8, 4), context_tokens=0)
 
 
 def test_autoencoder_costs_grow_with_the_clip_and_nothing_is_allocated():

@@ -21,7 +21,7 @@ def queries_keys_values(
     qkv: Float[Tensor, "B N width"],
     norm_q: HeadNorm,
     norm_k: HeadNorm,
-    rope: Float[Tensor, "*B M half 2"] | None,
+    rope: Float[Tensor, "... M half 2"] | None,
 ) -> tuple[Float[Tensor, "B heads N d"], Float[Tensor, "B heads N d"], Float[Tensor, "B heads N d"]]:
     """Cut [q, k, v] into heads, normalise q and k, and rotate their last M tokens (those before have no position).
 
@@ -35,7 +35,7 @@ def queries_keys_values(
     return _rotated(norm_q(q), rope), _rotated(norm_k(k), rope), v
 
 
-def _rotated(x: Float[Tensor, "B heads N d"], rope: Float[Tensor, "*B M half 2"] | None) -> Tensor:
+def _rotated(x: Float[Tensor, "B heads N d"], rope: Tensor | None) -> Float[Tensor, "B heads N d"]:
     if rope is None:
         return x
     length = x.shape[2] - rope.shape[-3]

@@ -1,10 +1,13 @@
 """What a model costs, counted from its configuration on the meta device: nothing is allocated.
 
-FLOPs count a multiply-add as two and matrix products and convolutions only, as is usual. For the transformer, N video
-and L context tokens, width D:
+FLOPs count a multiply-add as two and matrix products and convolutions only, as is usual. For the transformer, of width
+D, over N video and L context tokens:
 
-    attention    4 (N + L)^2 D        per block: scores, and weighted values
+    attention    4 D pairs            per attention: scores and weighted values, of the pairs of query and key that meet
+                                      (`attended_pairs`): (N + L)^2 under full joint attention, N L from video to context
     matrices     2 tokens weights     of every linear map, for the tokens (or vectors) it is applied to
+
+For the blocks these are exactly the operations that a forward of one clip with one t computes.
 
 A training step costs three forwards: one, and two for the gradients of inputs and weights.
 """
@@ -16,11 +19,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from reelflow.models.blocks import DualBlock
+from reelflow.models.blocks import (
+    BranchesBlock,
+    CrossAttention,
+    DualBlock,
+    DualStream,
+    SelfAttention,
+    SingleBlock,
+)
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, VAEConfig
-from reelflow.nn.modulation import Modulation
-from reelflow.nn.patchify import token_grid
+from reelflow.nn.patchify import Grid, token_grid
+from reelflow.nn.patterns import attended_pairs
 
 __all__ = ["DiTCost", "VAECost", "count_flops", "dit_cost", "num_parameters", "training_bytes", "vae_cost"]
 
@@ -66,31 +76,53 @@ def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_toke
     """Cost of one forward of the transformer over latents of extents (t, h, w), by the formula above.
 
     Raises:
-        ConfigError: the extents do not fit the patch.
+        ConfigError: the extents do not fit the patch, or a pattern of attention does not fit the grid of tokens.
     """
     with torch.device("meta"):
         model = VideoDiT(config)
-    num_tokens = token_grid(latent_shape, config.patch).num_tokens
-    joint = num_tokens + context_tokens
-    matrices = num_tokens * (_weights(model.embed) + _weights(model.out))
+    grid = token_grid(latent_shape, config.patch)
+    matrices = grid.num_tokens * (_weights(model.embed) + _weights(model.out))
     matrices += prod(latent_shape) * _weights(model.stem)
     matrices += _weights(model.time) + _weights(model.modulation)
     matrices += _weights(model.vector) + context_tokens * _weights(model.context)
+    pairs = 0
     for block in model.blocks:
-        modulation = sum(_weights(part) for part in block.modules() if isinstance(part, Modulation))
-        if isinstance(block, DualBlock):
-            for tokens, stream in ((num_tokens, block.video), (context_tokens, block.context)):
-                matrices += tokens * (_weights(stream) - _weights(stream.modulation))
-        else:
-            matrices += joint * (_weights(block) - modulation)
-        matrices += modulation
+        matrices += _block_matrices(block, grid.num_tokens, context_tokens)
+        pairs += _block_pairs(block, grid, context_tokens)
     return DiTCost(
         num_parameters=num_parameters(model),
-        num_tokens=num_tokens,
+        num_tokens=grid.num_tokens,
         context_tokens=context_tokens,
-        attention_flops=len(config.layers) * 4 * joint**2 * config.dim,
+        attention_flops=4 * config.dim * pairs,
         matrix_flops=2 * matrices,
     )
+
+
+def _block_matrices(block: nn.Module, n: int, length: int) -> int:
+    """Multiply-adds of a block's linear maps over n video and `length` context tokens."""
+    if isinstance(block, DualBlock):
+        streams = ((n, block.video), (length, block.context))
+        total = sum(tokens * (_weights(stream) - _weights(stream.modulation)) for tokens, stream in streams)
+        return total + sum(_weights(stream.modulation) for _, stream in streams) + n * _weights(block.gate)
+    if isinstance(block, SingleBlock):
+        joint = _weights(block) - _weights(block.modulation) - _weights(block.gate)
+        return (n + length) * joint + _weights(block.modulation) + n * _weights(block.gate)
+    assert isinstance(block, BranchesBlock)
+    reads = sum(_weights(b.function.read) for b in block.branches if isinstance(b.function, CrossAttention))
+    return n * (_weights(block.branches) - reads) + length * reads + _weights(block.modulation)
+
+
+def _block_pairs(block: nn.Module, grid: Grid, length: int) -> int:
+    """Pairs of query and key that meet in a block."""
+    if isinstance(block, DualBlock):
+        return attended_pairs(block.pattern, grid, length, context_queries=isinstance(block.context, DualStream))
+    if isinstance(block, SingleBlock):
+        return attended_pairs(block.pattern, grid, length)
+    assert isinstance(block, BranchesBlock)
+    attends = sum(
+        attended_pairs(b.function.pattern, grid) for b in block.branches if isinstance(b.function, SelfAttention)
+    )
+    return attends + grid.num_tokens * length * sum(isinstance(b.function, CrossAttention) for b in block.branches)
 
 
 def vae_cost(config: VAEConfig, num_frames: int, height: int, width: int) -> VAECost:
