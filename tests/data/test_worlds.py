@@ -126,11 +126,12 @@ def test_directions_mean_what_they_say(motion, x, y):
     assert 1.1 < np.hypot(*steps[0]) <= 2
 
 
-def test_circles_go_round_clockwise_nearly_once():
+def test_circles_go_from_the_top_clockwise_nearly_once():
     for seed in range(8):
         scene = WORLD.draw_scene(rng(seed), motion="circling")
         path = WORLD.trajectory(scene) - scene.origin
         assert np.allclose(np.hypot(*path.T), scene.orbit)
+        assert np.allclose(path[0], (0, -scene.orbit))
         sweep = np.diff(np.unwrap(np.arctan2(path[:, 1], path[:, 0]))).sum() / (2 * np.pi)
         assert 0.74 < sweep < 1.01  # y points down, so rising angles are clockwise
 

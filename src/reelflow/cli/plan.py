@@ -1,26 +1,32 @@
-"""`reelflow plan`: what a recipe costs, before anything runs."""
+"""`reelflow plan`: what a recipe or a founding model costs, before anything runs."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from reelflow.cli.recipes import find_recipe
+from reelflow.cli.recipes import find_recipe, known_recipes
 from reelflow.cli.terminal import stdout
-from reelflow.errors import ConfigError
+from reelflow.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from reelflow.families.vdit import FoundingModel
     from reelflow.planning.cost import DiTCost, VAECost
     from reelflow.recipes.recipe import Recipe
 
-__all__ = ["Costs", "plan", "summary"]
+__all__ = ["Costs", "founding_tables", "model_table", "plan", "summary"]
 
 FORMULA = """\
 FLOPs count a multiply-add as two, and matrix products and convolutions only. For N video and L context tokens of width
-D, attention takes 4 (N + L)^2 D per block, and every linear map 2 x tokens x weights. A training step is three forwards;
-a generated clip is one forward per evaluation (guidance and Heun double them) and one decoding.
+D, attention takes 4 D per pair of query and key that meet ((N + L)^2 when all do), and every linear map 2 x tokens x
+weights. A training step is three forwards; a generated clip is one forward per evaluation (guidance and Heun double
+them) and one decoding.
 Held in training: weights, gradients, two moments and an average, 4 bytes each; activations come on top."""
+MODEL_FORMULA = """\
+One forward of one clip, a multiply-add being two FLOPs; attention is its share. Held: weights, gradients, two moments and
+an average, 4 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Costs:
     @classmethod
     def of(cls, recipe: "Recipe") -> "Costs":
         """Count the costs of a recipe."""
+        from reelflow.generation.sampling import count_evaluations
         from reelflow.planning.cost import dit_cost, vae_cost
 
         shape, loss = recipe.clip, recipe.vae.loss
@@ -44,9 +51,7 @@ class Costs:
         latents = recipe.vae.model.latent_shape(shape.num_frames, shape.height, shape.width)
         dit = dit_cost(recipe.dit.model, latents[1:], recipe.text.max_words)
         vae_samples, dit_samples = (t.batch_size * t.accumulate for t in (recipe.vae.training, recipe.dit.training))
-        sampling = recipe.sampling
-        evaluations = sampling.num_steps * (1 if sampling.guidance_scale == 1 else 2)
-        evaluations *= 2 if sampling.sampler == "heun" else 1
+        evaluations = count_evaluations(recipe.sampling, recipe.dit.flow.parameterization, dit.num_tokens)
         return cls(
             vae=whole,
             dit=dit,
@@ -68,7 +73,12 @@ def summary(recipe: "Recipe", costs: Costs) -> str:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="world or folder (see: reelflow train --list).")],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe (see: reelflow train --list), a founding model such as vdit-xl, or vdit for all."
+        ),
+    ] = None,
     *,
     assignments: Annotated[
         list[str] | None,
@@ -80,8 +90,28 @@ def plan(
     share: Annotated[
         float, typer.Option(help="Share of the measured peak that a run reaches; training prints it.")
     ] = 0.3,
+    founding: Annotated[
+        bool, typer.Option("--founding", help="Tables of cost of the founding documents, and where they err.")
+    ] = False,
 ) -> None:
-    """Say what a recipe costs. Tokens, parameters, operations and bytes, and the time they take on this machine."""
+    """Say what a recipe or a model costs. Tokens, parameters, operations and bytes; of a recipe also the time."""
+    extents = {"frames": frames, "height": height, "width": width}
+    if founding:
+        if name or assignments or any(extent is not None for extent in extents.values()):
+            raise ConfigError("--founding prints tables of its own and takes nothing beside it")
+        print(founding_tables())
+        return
+    if name is None:
+        raise ConfigError("give a recipe or a model, such as: reelflow plan world, or reelflow plan vdit")
+    if name in known_recipes():
+        _plan_recipe(name, assignments or [], extents, share)
+        return
+    models = _find_models(name, assignments or [])
+    print(model_table(models, **extents))
+    print("\n" + MODEL_FORMULA)
+
+
+def _plan_recipe(name: str, assignments: Sequence[str], extents: Mapping[str, int | None], share: float) -> None:
     if not 0 < share <= 1:
         raise ConfigError(f"--share must be above 0 and at most 1, got {share}")
 
@@ -90,12 +120,12 @@ def plan(
     from reelflow.planning.cost import training_bytes
     from reelflow.training.meters import duration, measure_peak_flops
 
-    extents = {"num_frames": frames, "height": height, "width": width}
-    asked = [f"clip.{name}={value}" for name, value in extents.items() if value is not None]
-    chosen = find_recipe(recipe, [*(assignments or []), *asked])
+    fields = {"frames": "clip.num_frames", "height": "clip.height", "width": "clip.width"}
+    asked = [f"{fields[extent]}={value}" for extent, value in extents.items() if value is not None]
+    chosen = find_recipe(name, [*assignments, *asked])
     costs = Costs.of(chosen)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    peaks = {name: measure_peak_flops(dtype, torch.device("cpu")) for name, dtype in types.items()}
+    peaks = {kind: measure_peak_flops(dtype, torch.device("cpu")) for kind, dtype in types.items()}
 
     table = Table("", "autoencoder", "transformer")
     vae, dit = chosen.vae.training, chosen.dit.training
@@ -106,7 +136,7 @@ def plan(
     ]
     forward = costs.vae.encode_flops + costs.vae.decode_flops
     held = [training_bytes(c.num_parameters) for c in (costs.vae, costs.dit)]
-    for name, *cells in (
+    for title, *cells in (
         ("parameters", f"{costs.vae.num_parameters:,}", f"{costs.dit.num_parameters:,}"),
         ("one clip becomes", f"1/{costs.vae.compression:.0f} of its values", f"{costs.dit.num_tokens:,} tokens"),
         ("beside it", "", f"{costs.dit.context_tokens:,} context tokens"),
@@ -118,7 +148,7 @@ def plan(
         ("held in training", *(f"{count / 2**20:,.0f} MiB" for count in held)),
         ("estimated training", *(duration(seconds) for seconds in times)),
     ):
-        table.add_row(name, *cells)
+        table.add_row(title, *cells)
     print(summary(chosen, costs))
     stdout().print(table)
     seconds = costs.clip / (share * peaks[chosen.sampling.precision])
@@ -126,9 +156,88 @@ def plan(
     print(FORMULA)
     print(
         f"Time = FLOPs / ({share:g} x the peak of matrix products on this machine, measured now: "
-        + ", ".join(f"{name} {peak / 1e9:,.0f} GFLOP/s" for name, peak in peaks.items())
+        + ", ".join(f"{kind} {peak / 1e9:,.0f} GFLOP/s" for kind, peak in peaks.items())
         + ")."
     )
+
+
+def _find_models(name: str, assignments: Sequence[str]) -> "dict[str, FoundingModel]":
+    """Return the founding models of this name, or whose names begin so, each with the values set."""
+    from reelflow.config import set_values
+    from reelflow.families.vdit import founding_models
+
+    known = founding_models()
+    found = {name: known[name]} if name in known else {n: m for n, m in known.items() if n.startswith(f"{name}-")}
+    if not found:
+        raise ConfigError(f"no recipe is called {name!r}; {nearest(name, [*known_recipes(), *known])}")
+    return {name: set_values(model, assignments) for name, model in found.items()}
+
+
+def model_table(
+    models: "Mapping[str, FoundingModel]",
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> str:
+    """Return the costs of founding models on a clip, in Markdown; one that it does not fit has the reason in its row.
+
+    Raises:
+        ConfigError: the clip fits none of them.
+    """
+    from reelflow.planning.cost import dit_cost, training_bytes
+
+    rows, refusal = [], None
+    for name, model in models.items():
+        asked = zip((frames, height, width), model.clip, strict=True)
+        clip = tuple(usual if given is None else given for given, usual in asked)
+        try:
+            cost = dit_cost(model.dit, model.extents(*clip), model.context_tokens)
+        except ConfigError as error:
+            refusal = error
+            rows.append((name, " x ".join(map(str, clip)), str(error), "", "", "", ""))
+            continue
+        rows.append(
+            (
+                name,
+                " x ".join(map(str, clip)),
+                f"{cost.num_parameters:,}",
+                f"{cost.num_tokens:,} + {cost.context_tokens}",
+                _flops(cost.flops),
+                f"{cost.attention_flops / cost.flops:.0%}",
+                f"{training_bytes(cost.num_parameters) / 2**30:.1f} GiB",
+            )
+        )
+    if refusal is not None and not any(flops for _, _, _, _, flops, _, _ in rows):
+        raise refusal
+    return _markdown(("model", "clip", "parameters", "tokens + text", "forward", "attention", "held"), rows)
+
+
+def founding_tables() -> str:
+    """Return what the founding documents say of cost, beside what is true, in Markdown."""
+    from reelflow.families.founding import CLIPS, clip_cost, corrections
+
+    rows = []
+    for cost in map(clip_cost, CLIPS):
+        ratio = cost.full_pairs / cost.factorised_pairs
+        rows.append(
+            (
+                cost.name,
+                f"{' x '.join(map(str, cost.counted))} = {cost.counted.num_tokens:,}",
+                " x ".join(map(str, cost.clip)),
+                f"{' x '.join(map(str, cost.grid))} = {cost.grid.num_tokens:,}",
+                f"{cost.full_pairs:.3g}",
+                f"{cost.factorised_pairs:.3g}",
+                f"{ratio:.1f}",
+            )
+        )
+    heads = ("clip", "tokens they count", "nearest clip", "its tokens", "full pairs", "factorised", "S T / (S + T)")
+    errors = [(correction.claim, correction.truth) for correction in corrections()]
+    return f"{_markdown(heads, rows)}\n\n{_markdown(('they say', 'true'), errors)}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, len(heads) * ("---",), *rows))
 
 
 def _flops(count: float | int) -> str:

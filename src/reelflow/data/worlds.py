@@ -171,8 +171,8 @@ class World:
         """Draw a scene in which the object stays wholly inside the view; names that are not given are drawn too.
 
         Straight motion covers 1.2 to 2 pixels per frame of a 64 pixel view (less where a long clip leaves no room),
-        a circle has a radius of 10 to 13 % of the view and goes round clockwise in 16 to 21 frames, at least 0.75 turns
-        per clip.
+        a circle is a clock hand's: from the top, clockwise, with a radius of 10 to 13 % of the view, in 16 to 21 frames
+        (at least 0.75 turns per clip).
 
         Raises:
             ConfigError: a name is unknown; the nearest is offered.
@@ -199,7 +199,7 @@ class World:
             origin=(0.0, 0.0),
             velocity=_pair(speed * STEP[motion]),
             orbit=orbit,
-            phase=rng.uniform(0, 2 * math.pi),
+            phase=-math.pi / 2,
             spin=2 * math.pi * turns / steps,
             pan=(pan * math.cos(angle), pan * math.sin(angle)),
             backdrop=int(rng.integers(2**32)),
