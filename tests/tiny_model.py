@@ -4,7 +4,8 @@ import torch
 
 from reelflow.conditioning.text import HashedWords
 from reelflow.data.folder import ClipSpec
-from reelflow.generation.pipeline import ModelCard, Pipeline, Sampling
+from reelflow.generation.pipeline import ModelCard, Pipeline
+from reelflow.generation.sampling import Sampling
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig

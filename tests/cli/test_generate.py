@@ -2,14 +2,17 @@ import json
 import signal
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from reelflow.cli import generate as command
+from reelflow.config import from_dict, to_dict
 from reelflow.data.video import read_clip, write_image
 from reelflow.generation.pipeline import to_frames
+from reelflow.generation.sampling import Guidance, Method, Sampling, UniPC
 from tiny_model import tiny_pipeline
 
 PROMPT = "a red ring moving left"
@@ -54,8 +57,8 @@ def test_the_file_shows_what_the_pipeline_makes(make):
     assert "out.mkv: 9 frames of 32 x 32 at 8 fps" in out
     pipeline = tiny_pipeline()
     sampling = told("out.json")["sampling"]
-    assert sampling == {"num_steps": 2, "guidance_scale": 2.0, "shift": 1.0, "sampler": "euler", "precision": "fp32"}
-    clip = pipeline.generate([PROMPT], seed=3, sampling=type(pipeline.card.sampling)(**sampling))
+    assert sampling == to_dict(Sampling(num_steps=2, guidance_scale=2.0))
+    clip = pipeline.generate([PROMPT], seed=3, sampling=from_dict(Sampling, sampling))
     assert torch.equal(frames("out.mkv"), to_frames(clip[0]))
     assert read_clip("out.mkv").fps == 8
 
@@ -65,7 +68,7 @@ def test_the_file_shows_what_the_pipeline_makes(make):
     [
         [],
         ["--frames", 13, "--seed", 9, "--sampler", "heun", "--guidance", 1, "--shift", 2.5],
-        ["--image", "first.png", "--steps", 3],
+        ["--image", "first.png", "--steps", 3, "--sampler", "ancestral", "--set", "guidance.rescale=0.5"],
     ],
 )
 def test_from_makes_the_same_frames_bit_for_bit(make, reelflow, picture, options):
@@ -112,7 +115,21 @@ def test_from_refuses_another_image(make, reelflow, picture):
     assert "SHA-256" in err
 
 
-@pytest.mark.parametrize("extra", [[PROMPT], ["--seed", 0], ["--frames", 9], ["--steps", 3]])
+def test_every_sampler_has_a_flag_but_the_one_that_needs_options():
+    kinds = {method.kind for method in get_args(get_args(Method)[0])}
+    assert {*get_args(command.SamplerKind), "restart"} == kinds
+
+
+def test_set_changes_any_value_of_the_sampling_after_the_flags(make):
+    options = ["--sampler", "unipc", "--set", "sampler.order=3", "--set", "guidance.interval=[0.1, 0.8]", "--steps", 5]
+    assert make("-o", "out.mkv", *options)[0] == 0
+    wanted = Sampling(num_steps=5, guidance_scale=2.0, sampler=UniPC(order=3), guidance=Guidance(interval=(0.1, 0.8)))
+    assert told("out.json")["sampling"] == to_dict(wanted)
+
+
+@pytest.mark.parametrize(
+    "extra", [[PROMPT], ["--seed", 0], ["--frames", 9], ["--steps", 3], ["--set", "guidance.rescale=0.5"]]
+)
 def test_from_takes_no_other_wishes(reelflow, extra):
     status, _, err = reelflow("generate", "--from", "out.json", "-o", "other.mkv", *extra)
     assert status == 2
@@ -123,7 +140,7 @@ def test_a_long_clip_is_written_as_it_comes(make):
     status, out, _ = make("-o", "out.mkv", "--frames", 29, "--steps", 1)
     assert status == 0
     assert "29 frames" in out
-    sampling = type(tiny_pipeline().card.sampling)(num_steps=1, guidance_scale=2.0)
+    sampling = Sampling(num_steps=1, guidance_scale=2.0)
     clip = tiny_pipeline().generate([PROMPT], num_frames=29, sampling=sampling)
     assert torch.equal(frames("out.mkv"), to_frames(clip[0]))
 
@@ -206,6 +223,11 @@ def test_prompts_in_any_script_and_empty_ones_are_taken(reelflow, model, prompt)
         (["a", "-o", "out.mkv", "--model", "MODEL", "--frames", "30"], "nearest: 29 or 33"),
         (["a", "-o", "out.mkv", "--model", "MODEL", "--steps", "0"], "num_steps must be at least 1"),
         (["a", "-o", "out.mkv", "--model", "MODEL", "--guidance", "nan"], "guidance_scale"),
+        (["a", "-o", "out.mkv", "--model", "MODEL", "--set", "guidance.resale=1"], "did you mean rescale"),
+        (
+            ["a", "-o", "out.mkv", "--model", "MODEL", "--set", 'shift={"kind":"table","rows":[[9,2.0]]}'],
+            "got 12; nearest: 9",
+        ),
         (["a b c d e f g", "-o", "out.mkv", "--model", "MODEL"], "7 words"),
         (["\udc80", "-o", "out.mkv", "--model", "MODEL"], "not valid Unicode at character 1"),
         (["a", "-o", "out.mkv", "--model", "MODEL", "--image", "taken.mkv"], "empty"),

@@ -80,7 +80,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(failing, reelflow, place):
     ("arguments", "message"),
     [
         (["generat"], "Did you mean 'generate'"),
-        (["plan"], "'recipe'"),
+        (["plan"], "give a recipe or a model"),
         (["plan", "world", "--frame", "5"], "--frames"),
         (["plan", "world", "--frames", "many"], "--frames"),
         (["generate", "x", "-o", "x.mp4", "--sampler", "euller"], "'heun'"),

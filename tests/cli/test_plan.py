@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 
-from reelflow.cli.plan import Costs
+from reelflow.cli.plan import Costs, founding_tables, model_table
 from reelflow.config import set_values
+from reelflow.families.vdit import founding_models
 from reelflow.recipes.world import world
 from reelflow.training.meters import duration
 
@@ -27,7 +30,7 @@ def test_a_plan_names_parameters_tokens_operations_bytes_and_the_formula(reelflo
         f"{costs.vae.num_parameters:,}",
         f"{costs.dit.num_parameters:,}",
         "80 tokens",
-        "4 (N + L)^2 D",
+        "4 D per pair",
         "GFLOP/s",
         "MiB",
     ):
@@ -41,7 +44,7 @@ def test_the_size_of_a_clip_can_be_asked_for(reelflow):
 
 @pytest.mark.parametrize(
     ("assignment", "factor"),
-    [("sampling.num_steps=48", 2), ("sampling.sampler=heun", 2), ("sampling.guidance_scale=1", 0.5)],
+    [("sampling.num_steps=48", 2), ('sampling.sampler={"kind": "heun"}', 47 / 24), ("sampling.guidance_scale=1", 0.5)],
 )
 def test_the_cost_of_a_clip_counts_every_evaluation(assignment, factor):
     base, other = Costs.of(world()), Costs.of(set_values(world(), [assignment]))
@@ -62,3 +65,47 @@ def test_what_cannot_be_is_refused(reelflow, arguments, message):
     status, _, err = reelflow("plan", "world", *arguments)
     assert status == 2
     assert message in err
+
+
+def test_vdit_lists_every_founding_model_and_a_size_is_one_of_its_rows(reelflow):
+    listed, one = reelflow("plan", "vdit")[1], reelflow("plan", "vdit-mm-xl")[1]
+    rows = [line for line in listed.splitlines() if line.startswith("| vdit")]
+    assert [row.split()[1] for row in rows] == list(founding_models())
+    assert [line for line in one.splitlines() if line.startswith("| vdit")] == rows[-1:]
+
+
+def test_a_founding_model_is_planned_for_any_clip_and_with_values_set(reelflow):
+    assert "46,800 + 0" in reelflow("plan", "vdit-small", "--frames", 49, "--height", 720, "--width", 1280)[1]
+    assert "1,280 + 512" in reelflow("plan", "vdit-text-small", "--set", "context_tokens=512")[1]
+
+
+def test_a_listing_says_which_models_a_clip_does_not_fit(reelflow):
+    status, out, _ = reelflow("plan", "vdit", "--frames", 21)
+    assert status == 0
+    assert out.count("patch (4), got 21; nearest: 20 or 24") == 4
+    assert out.count("GiB") == 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vdit-xll"], "did you mean vdit-xl"),
+        (["vdit-xl", "--frames", "16"], "nearest: 13 or 17"),
+        (["vdit-xl", "--height", "1080"], "multiple of 16 (autoencoder 8 x patch 2), got 1080; nearest: 1072 or 1088"),
+        (["vdit", "--height", "0"], "got 0; nearest: 16"),
+        (["vdit-small", "--set", "dit.dims=3"], "did you mean dim"),
+        ([], "reelflow plan vdit"),
+        (["vdit", "--founding"], "nothing beside it"),
+    ],
+)
+def test_what_no_founding_model_can_be_is_refused(reelflow, arguments, message):
+    status, _, err = reelflow("plan", *arguments)
+    assert status == 2
+    assert message in err
+
+
+def test_the_page_shows_the_tables_that_the_commands_print(reelflow):
+    page = (Path(__file__).parents[2] / "docs" / "founding-models.md").read_text()
+    assert model_table(founding_models()) in page
+    assert founding_tables() in page
+    assert founding_tables() in reelflow("plan", "--founding")[1]

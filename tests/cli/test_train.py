@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from reelflow.cli.recipes import known_recipes
 from reelflow.config import to_dict
 from reelflow.data.video import write_video
 from reelflow.recipes.folder import folder
@@ -43,7 +44,9 @@ def carried_out(monkeypatch):
 def test_every_recipe_is_listed_with_its_first_line(reelflow):
     status, out, _ = reelflow("train", "--list")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["world", "folder"]
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names[:2] == ["world", "folder"]
+    assert names == list(known_recipes())
     assert world.__doc__.splitlines()[0] in out
 
 

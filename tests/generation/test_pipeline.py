@@ -1,18 +1,36 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reelflow.errors import CheckpointError, ConfigError
-from reelflow.generation.pipeline import (
-    Pipeline,
-    Progress,
-    Sampling,
-    fingerprint,
-    read_card,
-    to_frames,
+from reelflow.diffusion.process import (
+    Parameterization,
+    RectifiedFlow,
+    VarianceExploding,
+    VariancePreserving,
+    levels,
+    preconditioning,
 )
+from reelflow.diffusion.samplers import Restart
+from reelflow.diffusion.timesteps import TableShift
+from reelflow.errors import CheckpointError, ConfigError
+from reelflow.generation.pipeline import Pipeline, Progress, fingerprint, read_card, to_frames
+from reelflow.generation.sampling import (
+    Ancestral,
+    Ddim,
+    Dpm2mSde,
+    Euler,
+    EulerMaruyama,
+    Guidance,
+    Heun,
+    Projection,
+    Restarted,
+    Sampling,
+    UniPC,
+)
+from reelflow.models.dit import VideoDiT
 from tiny_model import CARD, tiny_pipeline
 
 PROMPT = "a red ring moving left"
@@ -107,10 +125,96 @@ def test_a_stopped_clip_is_what_is_known_by_then(pipeline):
     assert parts[1].isfinite().all()
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_both_samplers_and_bf16_make_clips(pipeline, sampler):
-    sampling = Sampling(num_steps=2, sampler=sampler, precision="bf16", shift=3.0, guidance_scale=1.0)
-    assert pipeline.generate([PROMPT], sampling=sampling).isfinite().all()
+@pytest.mark.parametrize("sampler", [Euler(), Heun(), UniPC(order=3)], ids=lambda sampler: sampler.kind)
+def test_samplers_and_guidance_in_bf16_make_clips(pipeline, sampler):
+    guidance = Guidance(difference=Projection(momentum=-0.5), interval=(0.0, 0.9), rescale=0.5)
+    sampling = Sampling(num_steps=4, sampler=sampler, precision="bf16", shift=3.0, guidance=guidance)
+    clip = pipeline.generate([PROMPT], sampling=sampling)
+    assert clip.isfinite().all()
+    assert not torch.equal(clip, pipeline.generate([PROMPT], sampling=replace(sampling, guidance=Guidance())))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Ddim(), Ancestral(), EulerMaruyama(), Dpm2mSde(), Restarted((Restart(0, 2),), Euler())],
+    ids=lambda sampler: sampler.kind,
+)
+def test_what_a_sampler_draws_for_a_clip_depends_on_its_own_seed_alone(pipeline, sampler):
+    """In both chunks of a long clip."""
+    sampling = Sampling(num_steps=3, sampler=sampler)
+    both = pipeline.generate([PROMPT, "a blue disc"], num_frames=13, seed=5, sampling=sampling)
+    alone = pipeline.generate(["a blue disc"], num_frames=13, seed=6, sampling=sampling)
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=0)
+    still = pipeline.generate(["a blue disc"], num_frames=13, seed=6, sampling=Sampling(num_steps=3))
+    assert (alone - still).abs().max() > 0.01
+
+
+class Knowing(VideoDiT):
+    """A network that knows the data, and answers as the card says; at t = 1 it cannot, and answers absurdly."""
+
+    def __init__(self, card, data):
+        super().__init__(card.dit)
+        self.space, self.data = card.parameterization, data
+
+    def forward(self, latents, t, condition):
+        x = latents
+        if isinstance(self.space.process, VarianceExploding):
+            assert x.square().mean() < 4  # about unit variance, at t = 0 too
+            x = x / preconditioning(self.space.process, t).c_in
+        alpha, sigma = levels(self.space.process, t)
+        answer = self.space.target(self.data.double(), (x - alpha * self.data) / sigma, t)
+        answer = torch.where(sigma == 0, 1e6, answer).float()
+        return answer.repeat(1, 2, 1, 1, 1) if self.space.learned_variance else answer
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("space", "sampler"),
+    [
+        (Parameterization(RectifiedFlow(), "data"), Euler()),
+        (Parameterization(VariancePreserving(), "v"), Ddim(eta=0.0)),
+        (Parameterization(VariancePreserving(), "noise", learned_variance=True), Ancestral()),
+        (Parameterization(VariancePreserving(schedule="cosine", zero_terminal_snr=True), "v"), UniPC()),
+        (Parameterization(VarianceExploding(), "v"), Heun()),
+    ],
+    ids=lambda value: getattr(value, "kind", None) or f"{value.process.kind}-{value.prediction}",
+)
+def test_a_model_is_sampled_as_it_was_trained(pipeline, space, sampler, given):
+    """Knowing the data, it makes them, however it answers; a first frame is what is given."""
+    dit = replace(CARD.dit, out_channels=8) if space.learned_variance else CARD.dit
+    card = replace(CARD, dit=dit, parameterization=space, sampling=Sampling(num_steps=8, sampler=sampler))
+    data = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    picture = image()[:, :, None]
+    with torch.no_grad():
+        latents = data.clone()
+        if given:
+            latents[:, :, :1] = pipeline.vae.encode(picture).mean
+        wanted = pipeline.vae.decode(latents).clamp(-1, 1)
+    made = Pipeline(card, pipeline.vae, Knowing(card, data)).generate(
+        [PROMPT], image=picture[:, :, 0] if given else None
+    )
+    torch.testing.assert_close(made, wanted, atol=1e-3, rtol=0)
+
+
+def test_a_card_that_cannot_be_sampled_is_refused():
+    for changes, message in (
+        (
+            {"parameterization": Parameterization(learned_variance=True)},
+            "answer 8 channels, got 4; set dit.out_channels=8",
+        ),
+        ({"dit": replace(CARD.dit, out_channels=8)}, "answer 4 channels, got 8"),
+        ({"parameterization": Parameterization(prediction="noise")}, "at t = 0"),
+        ({"sampling": Sampling(shift=TableShift(rows=((1, 1.0), (11, 2.0))))}, "got 12; nearest: 11"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(CARD, **changes)
+
+
+def test_steps_that_are_walked_again_are_counted(pipeline):
+    seen = []
+    sampling = Sampling(num_steps=4, sampler=Restarted((Restart(1, 3, 2),), Euler()))
+    list(pipeline.stream([PROMPT], sampling=sampling, progress=Progress(lambda *step: seen.append(step))))
+    assert seen == [(done, 8) for done in range(1, 9)]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +230,7 @@ def test_both_samplers_and_bf16_make_clips(pipeline, sampler):
         ({"prompts": []}, "got 0 prompts"),
         ({"prompts": ["one two three four five six seven"]}, "7 words"),
         ({"noise": torch.zeros(1, 4, 2, 4, 4)}, "must be shaped"),
+        ({"sampling": Sampling(shift=TableShift(rows=((12, 1.0),))), "num_frames": 5}, "got 8; nearest: 12"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_before_anything_is_computed(pipeline, monkeypatch, arguments, message):

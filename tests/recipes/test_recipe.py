@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from reelflow.config import from_dict, set_values
 from reelflow.data.folder import ClipSpec
 from reelflow.data.worlds import World
+from reelflow.diffusion.process import Parameterization, VariancePreserving
 from reelflow.errors import ConfigError, DataError
+from reelflow.generation.pipeline import read_card
 from reelflow.models.vae import Stage, VAEConfig
 from reelflow.recipes.demo import demo
 from reelflow.recipes.page import Results
@@ -79,6 +81,39 @@ def test_the_demo_measures_and_shows_a_model_that_has_learned_nothing(finished):
     assert len(shown) == 16 + 1 + 3 + 2 * 2 + len(results.long)  # prompts, all of them, pairs, pictures, long clips
     assert [name for name in shown if not (out / name).is_file()] == []
     assert page.count("<svg") == 3
+
+
+def test_the_model_is_described_as_it_was_trained(finished):
+    card = read_card(finished[0] / "run")
+    assert card == tiny().card(card.words)
+    other = set_values(
+        tiny(), ['dit.flow.parameterization={"process": {"kind": "variance_preserving"}, "prediction": "v"}']
+    )
+    assert other.card().parameterization == Parameterization(VariancePreserving(), "v")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (
+            ["dit.flow.condition_dropout=0"],
+            r"guidance needs an unconditional branch.*nearest: a condition_dropout of 0\.1",
+        ),
+        (['dit.flow.shift={"kind": "table", "rows": [[20, 1.0]]}'], "reaches from 20 to 20 tokens, got 12"),
+        (["dit.flow.parameterization.prediction=noise"], "noise prediction"),
+        (["dit.flow.parameterization.learned_variance=true"], "set dit.out_channels=8"),
+    ],
+)
+def test_what_could_be_trained_but_not_sampled_or_the_reverse_is_refused_at_construction(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        set_values(tiny(), assignments)
+
+
+def test_a_shift_that_depends_on_tokens_must_reach_images_too():
+    table = 'dit.flow.shift={"kind": "table", "rows": [[12, 1.0]]}'
+    set_values(tiny(), [table])
+    with pytest.raises(ConfigError, match="got 4; nearest: 12"):
+        set_values(tiny(), [table, "dit.flow.image_fraction=0.5"])
 
 
 def test_a_finished_run_called_again_changes_nothing(finished):

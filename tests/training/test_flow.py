@@ -1,9 +1,20 @@
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 
-from reelflow.diffusion.process import along_frames
+from reelflow.diffusion.process import (
+    Parameterization,
+    RectifiedFlow,
+    VarianceExploding,
+    VariancePreserving,
+    along_frames,
+    levels,
+    preconditioning,
+)
+from reelflow.diffusion.timesteps import CosMap, LogitNormal, SquareRootShift, Uniform, shift_times
+from reelflow.diffusion.weighting import MinSNR
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Single
 from reelflow.models.condition import Condition
@@ -47,7 +58,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 @pytest.mark.parametrize("changes", [{"given_fraction": 0.0}, {"given_fraction": 1.0}, {"image_fraction": 1.0}])
-@pytest.mark.parametrize("time", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("time", [Uniform(), LogitNormal(), CosMap()], ids=lambda time: time.kind)
 def test_the_true_velocity_has_no_loss(time, changes):
     assert task(time=time, **changes).loss(BATCH, seeded()).value < 1e-10
 
@@ -83,6 +94,169 @@ def test_something_is_always_left_to_learn(num_frames, counts):
     for seed in range(12):
         flow.loss(LatentBatch(posterior, BATCH.condition), seeded(seed))
     assert {int((t == 1).sum()) // B for _, t, _ in flow.model.asked} == counts
+
+
+# What the network is asked for
+
+DDPM = VariancePreserving()
+COSINE = VariancePreserving(schedule="cosine", zero_terminal_snr=True)
+EXPLODING = VarianceExploding()
+
+
+def true_answer(space: Parameterization, raw: float | None = None):
+    """The answer of a network that knows the data; where t = 1 the noise is not known, and the answer absurd."""
+
+    def answer(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        data = DATA[:, :, : x.shape[2]]
+        alpha, sigma = levels(space.process, t)
+        if isinstance(space.process, VarianceExploding):
+            x = x / preconditioning(space.process, t).c_in
+        noise = (x - alpha * data) / sigma
+        told = torch.where(along_frames(t) == 1, 1e6, space.target(data, noise, t))
+        return told if raw is None else torch.cat([told, torch.full_like(told, raw)], dim=1)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Parameterization(RectifiedFlow(), "data"),
+        Parameterization(RectifiedFlow(), "noise"),
+        Parameterization(DDPM, "noise"),
+        Parameterization(COSINE, "v"),
+        Parameterization(VariancePreserving(continuous=True), "velocity"),
+        Parameterization(EXPLODING, "v"),
+    ],
+    ids=lambda space: f"{space.process.kind}-{space.prediction}",
+)
+def test_the_true_answer_has_no_loss_and_given_frames_are_the_data_itself(space):
+    flow, kinds = task(true_answer(space), parameterization=space, given_fraction=0.5, image_fraction=0.2), set()
+    for seed in range(12):
+        assert flow.loss(BATCH, seeded(seed)).value < 1e-8
+        x, t, _ = flow.model.asked[-1]
+        given = int((t[0] == 1).sum()) if t.ndim == 2 else 0
+        kinds.add((x.shape[2], given))
+        torch.testing.assert_close(x[:, :, :given], DATA[:, :, :given], rtol=0, atol=1e-12)
+    assert kinds == {(1, 0), (T, 0), (T, 1), (T, 2)}
+
+
+def test_the_default_is_the_plain_flow_bit_for_bit():
+    """Two steps by the shortest way from the draws to the loss."""
+
+    def plainly(model: VideoDiT, generator: torch.Generator) -> torch.Tensor:
+        data = BATCH.posterior.sample(generator)
+        kind, given = torch.rand((), generator=generator), 0
+        if kind < 0.5:
+            given = int(torch.randint(1, 3, (), generator=generator))
+        keep = torch.rand(B, generator=generator) >= 0.1
+        u = ((torch.arange(B) + torch.rand(B, generator=generator)) / B).double()
+        t = torch.sigmoid(torch.special.ndtri(u)).float()
+        t = (t / (t + 3 * (1 - t)))[:, None].repeat(1, T)
+        t[:, :given] = 1
+        noise = torch.randn(data.shape, generator=generator, dtype=data.dtype)
+        x = torch.lerp(noise, data, t[:, None, :, None, None].double())
+        answer = model(x, t if given else t[:, :1], Condition(vector=OWN * keep[:, None])).float()
+        return (answer - (data - noise)).square()[:, :, given:].mean(dim=(1, 2, 3, 4)).mean()
+
+    torch.manual_seed(0)
+    ours = VideoDiT(DIT).double()
+    theirs = copy.deepcopy(ours)
+    flow = FlowTask(ours, FlowConfig(shift=3.0, given_fraction=0.5), null=NULL, validation=BATCH)
+    steps = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (ours, theirs)]
+    generators = seeded(3), seeded(3)
+    for _ in range(2):
+        losses = flow.loss(BATCH, generators[0]).value, plainly(theirs, generators[1])
+        assert losses[0].item() == losses[1].item()
+        for loss, step in zip(losses, steps, strict=True):
+            step.zero_grad()
+            loss.backward()
+            step.step()
+    assert all(torch.equal(*pair) for pair in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_table_of_steps_is_trained_at_its_steps_alike_and_the_limit_between_them():
+    num = 1000
+    data = torch.zeros(num, C, 1, 2, 2)
+    many = LatentBatch(Posterior(data, data), Condition(vector=torch.zeros(num, 3)))
+    for process, wanted in (
+        (DDPM, torch.arange(num) / num),
+        (VariancePreserving(num_steps=250), (torch.arange(num) // 4) / 250),
+    ):
+        flow = task(lambda x, t: x, parameterization=Parameterization(process, "v"), time=Uniform())
+        flow.loss(many, seeded())
+        torch.testing.assert_close(flow.model.asked[0][1].sort().values, wanted)
+    flow = task(lambda x, t: x, parameterization=Parameterization(VariancePreserving(continuous=True)), time=Uniform())
+    flow.loss(many, seeded())
+    steps = flow.model.asked[0][1].double() * num
+    assert ((steps - steps.round()).abs() > 0.01).double().mean() > 0.95
+
+
+def test_the_loss_is_weighted_and_validation_is_not():
+    space = Parameterization(DDPM, "v")
+    truth = true_answer(space)
+    plain, weighted = (
+        task(lambda x, t: truth(x, t) + 0.5, parameterization=space, given_fraction=0.0, **changes)
+        for changes in ({}, {"weighting": MinSNR(gamma=5.0)})
+    )
+    assert plain.loss(BATCH, seeded()).value.item() == pytest.approx(0.25, rel=1e-5)
+    value = weighted.loss(BATCH, seeded()).value.item()
+    snr = (DDPM.alpha(weighted.model.asked[0][1]) / DDPM.sigma(weighted.model.asked[0][1])) ** 2
+    assert value == pytest.approx(0.25 * (snr.clamp(max=5) / (snr + 1)).mean().item(), rel=1e-4)
+    assert weighted.validate(seeded()) == plain.validate(seeded())
+
+
+def test_a_shift_may_depend_on_the_tokens_of_the_batch():
+    by_tokens = SquareRootShift(tokens=T * (H // 2) * (W // 2))
+    for changes, shift in (({"given_fraction": 0.0}, 1.0), ({"image_fraction": 1.0}, T**-0.5)):
+        times = []
+        for config in ({"shift": 1.0}, {"shift": by_tokens}):
+            flow = task(**changes, **config)
+            flow.loss(BATCH, seeded())
+            times.append(flow.model.asked[0][1])
+        torch.testing.assert_close(times[1], shift_times(times[0], shift))
+
+
+LEARNED = Parameterization(DDPM, "noise", learned_variance=True)
+
+
+def test_the_bound_of_a_learned_variance_is_the_divergence_of_the_steps():
+    """With the true mean, the small variance is the truth; the large one costs (ln r + 1 / r - 1) / 2, r = large / small."""
+    exact = task(true_answer(LEARNED, raw=-1.0), parameterization=LEARNED, given_fraction=0.5)
+    assert max(abs(exact.loss(BATCH, seeded(seed)).value.item()) for seed in range(8)) < 1e-5
+    large = task(true_answer(LEARNED, raw=1.0), parameterization=LEARNED, given_fraction=0.0)
+    loss = large.loss(BATCH, seeded())
+    abar = torch.cat([torch.ones(1).double(), DDPM.alphas_cumprod])  # of the data, then of each step
+    step = DDPM.step_of(large.model.asked[0][1]).round().long() + 1
+    ratio = (1 - abar[step]) / (1 - abar[step - 1])  # beta over beta-tilde
+    wanted = 1000 * ((ratio.log() + 1 / ratio - 1) / 2).mean().item()
+    assert loss.parts["bound"].item() == pytest.approx(wanted, rel=1e-3)
+    assert loss.value.item() == pytest.approx(1e-3 * wanted, rel=1e-3)
+
+
+def test_a_learned_variance_has_finite_gradients_at_the_last_step_and_beside_given_frames():
+    raw = torch.full((), -4.0, requires_grad=True)  # far outside the bounds
+    few = VariancePreserving(num_steps=2)
+    space = Parameterization(few, "noise", learned_variance=True)
+    flow = task(
+        lambda x, t: torch.cat([x, raw.expand_as(x)], dim=1), parameterization=space, given_fraction=0.5, time=Uniform()
+    )
+    for seed in range(4):
+        flow.loss(BATCH, seeded(seed)).value.backward()
+        assert raw.grad.isfinite()
+        assert set(flow.model.asked[-1][1].reshape(B, -1)[:, -1].tolist()) == {0.0, 0.5}  # 0.5 is step 0, the last
+
+
+def test_a_network_without_the_channels_of_a_variance_is_refused():
+    with pytest.raises(ConfigError, match="must answer 4 channels, got 2"):
+        task(lambda x, t: x, parameterization=LEARNED).loss(BATCH, seeded())
+
+
+def test_the_network_reads_about_unit_variance_from_an_exploding_process():
+    flow = task(lambda x, t: x, parameterization=Parameterization(EXPLODING, "v"), time=Uniform())
+    flow.loss(BATCH, seeded(1))
+    (x, _, _), data = flow.model.asked[0], DATA
+    assert 0.5 < x.square().mean() / (data.square().mean() + 1) * 2 < 2
 
 
 def test_image_batches_hold_frame_zero_alone():
@@ -175,8 +349,7 @@ def test_a_patch_of_several_frames_has_no_frame_alone(changes):
         ({"condition_dropout": 1.5}, "condition_dropout is a share between 0 and 1, got 1.5"),
         ({"given_fraction": -0.1}, "given_fraction is a share"),
         ({"image_fraction": 2.0}, "image_fraction is a share"),
-        ({"std": 0.0}, "std and shift must be positive, got 0.0 and 1.0"),
-        ({"shift": -1.0}, "std and shift must be positive"),
+        ({"shift": -1.0}, "shift must be positive, got -1.0; nearest: 1"),
         ({"max_given": 0}, "max_given must be at least 1, got 0"),
     ],
 )

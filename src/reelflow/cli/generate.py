@@ -19,7 +19,22 @@ if TYPE_CHECKING:
     from reelflow.generation.pipeline import ModelCard
     from reelflow.generation.provenance import Provenance
 
-__all__ = ["generate"]
+__all__ = ["SamplerKind", "generate"]
+
+SamplerKind = Literal[
+    "euler",
+    "heun",
+    "midpoint",
+    "dpm2s",
+    "dpm2m",
+    "unipc",
+    "adams_bashforth",
+    "ddim",
+    "ancestral",
+    "euler_maruyama",
+    "dpm2m_sde",
+]
+"""The samplers that need no options; restart, and the options of all, are for --set."""
 
 
 def generate(
@@ -35,7 +50,13 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Sampling steps [default: the model's].")] = None,
     guidance: Annotated[float | None, typer.Option(help="How hard to follow the prompt; 1 = no guidance.")] = None,
     shift: Annotated[float | None, typer.Option(help="More than 1 spends more steps near noise.")] = None,
-    sampler: Annotated[Literal["euler", "heun"] | None, typer.Option(help="heun costs two evaluations a step.")] = None,
+    sampler: Annotated[
+        SamplerKind | None, typer.Option(help="heun, midpoint and dpm2s cost two evaluations a step.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change the sampling, as in guidance.rescale=0.7."),
+    ] = None,
     again: Annotated[Path | None, typer.Option("--from", help="Make the clip of this JSON again, bit for bit.")] = None,
     preview: Annotated[
         Path | None, typer.Option(help="A .png of the clip as known so far, renewed as it grows.")
@@ -43,19 +64,21 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
 ) -> int:
     """Make a clip from a prompt. Ctrl-C keeps what there is."""
-    changes = {"num_steps": steps, "guidance_scale": guidance, "shift": shift, "sampler": sampler}
+    kind = None if sampler is None else {"kind": sampler}
+    changes = {"num_steps": steps, "guidance_scale": guidance, "shift": shift, "sampler": kind}
     changes = {name: value for name, value in changes.items() if value is not None}  # of the model's own sampling
-    if again is not None and (changes or any(value is not None for value in (prompt, frames, seed))):
+    if again is not None and (changes or assignments or any(value is not None for value in (prompt, frames, seed))):
         raise ConfigError("--from makes the same clip again: leave out the prompt, --frames, --seed and the sampling")
     if again is None and prompt is None:
         raise ConfigError('give a prompt, such as "a red ring moving left", or --from FILE.json')
     if again is None and model is None:
         raise ConfigError("give the model to use: --model RUN (make one with: reelflow train)")
 
-    from reelflow.config import from_dict, to_dict
+    from reelflow.config import from_dict, set_values, to_dict
     from reelflow.data.video import VideoWriter
-    from reelflow.generation.pipeline import Sampling, read_card
+    from reelflow.generation.pipeline import read_card
     from reelflow.generation.provenance import Provenance
+    from reelflow.generation.sampling import Sampling
 
     told = None if again is None else Provenance.read(again)
     beside = Provenance.path_beside(out)
@@ -73,7 +96,7 @@ def generate(
             _checked(prompt or "", card),
             seed=seed or 0,
             num_frames=card.clip.num_frames if frames is None else frames,
-            sampling=from_dict(Sampling, to_dict(card.sampling) | changes),
+            sampling=set_values(from_dict(Sampling, to_dict(card.sampling) | changes), assignments or []),
             model=model,
             image=image,
         )
@@ -81,7 +104,7 @@ def generate(
         request = told.again(model=model, image=image)
         _warn_of_differences(told)
     first_frame = None if image is None else _first_frame(image, card)
-    card.check(num_frames=request.num_frames, image=first_frame)
+    card.check(num_frames=request.num_frames, image=first_frame, sampling=request.sampling)
 
     start = time.perf_counter()
     made = _make(request, told, card, model, first_frame, out, preview)

@@ -12,11 +12,13 @@ __all__ = ["find_recipe", "known_recipes"]
 
 
 def known_recipes() -> dict[str, Callable[[], "Recipe"]]:
-    """Return every recipe by the name of its function."""
+    """Return every recipe by the name of its function, with hyphens."""
     from reelflow.recipes.folder import folder
+    from reelflow.recipes.vdit import vdit_gated_world, vdit_mm_world, vdit_text_world
     from reelflow.recipes.world import world
 
-    return {recipe.__name__: recipe for recipe in (world, folder)}
+    founding = (vdit_text_world, vdit_gated_world, vdit_mm_world)
+    return {recipe.__name__.replace("_", "-"): recipe for recipe in (world, folder, *founding)}
 
 
 def find_recipe(name: str, assignments: Sequence[str]) -> "Recipe":

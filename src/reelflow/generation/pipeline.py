@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -25,41 +24,35 @@ from torch import Tensor
 from reelflow.conditioning.text import HashedWords, words_of
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.data.folder import ClipSpec
-from reelflow.diffusion.guidance import Velocity, guided
+from reelflow.diffusion.process import (
+    Parameterization,
+    Predict,
+    Process,
+    VarianceExploding,
+    combine,
+    levels,
+    preconditioning,
+)
 from reelflow.diffusion.rollout import rollout_given
-from reelflow.diffusion.samplers import euler, heun
-from reelflow.diffusion.timesteps import inference_times
+from reelflow.diffusion.samplers import Times
 from reelflow.errors import CheckpointError, ConfigError
+from reelflow.generation.sampling import Sampling, guided_by, sampler_of
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, VAEConfig
 from reelflow.models.weights import load_weights
+from reelflow.nn.patchify import token_grid
 
-__all__ = ["ModelCard", "Pipeline", "Progress", "Sampling", "fingerprint", "model_folder", "read_card", "to_frames"]
-
-
-@configuration
-class Sampling:
-    """How noise becomes a clip."""
-
-    num_steps: int = 24
-    guidance_scale: float = 3.0  # 1 = off
-    shift: float = 1.0  # > 1 spends more steps near noise
-    sampler: Literal["euler", "heun"] = "euler"
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ConfigError(f"num_steps must be at least 1, got {self.num_steps}")
-        if not self.shift > 0:
-            raise ConfigError(f"shift must be positive, got {self.shift}; 1 means no shift")
-        if not self.guidance_scale >= 0:
-            raise ConfigError(f"guidance_scale must be at least 0, got {self.guidance_scale}; 1 turns guidance off")
+__all__ = ["ModelCard", "Pipeline", "Progress", "fingerprint", "model_folder", "read_card", "to_frames"]
 
 
 @configuration
 class ModelCard:
-    """Everything about a model but its weights."""
+    """Everything about a model but its weights.
+
+    Raises:
+        ConfigError: the network cannot answer in its parameterization, or cannot be sampled as the card says.
+    """
 
     vae: VAEConfig
     dit: DiTConfig
@@ -67,15 +60,38 @@ class ModelCard:
     clip: ClipSpec  # what it was trained on
     sampling: Sampling
     words: tuple[str, ...] = ()  # of its captions; it knows no others
+    parameterization: Parameterization = Parameterization()  # what the transformer was taught to answer
 
-    def check(self, *, num_frames: int, image: Tensor | None = None) -> None:
+    def __post_init__(self) -> None:
+        answered = self.dit.out_channels or self.dit.in_channels
+        wanted = self.vae.latent_channels * (2 if self.parameterization.learned_variance else 1)
+        if answered != wanted:
+            raise ConfigError(
+                f"with learned_variance={self.parameterization.learned_variance} the transformer must answer {wanted} "
+                f"channels, got {answered}; set dit.out_channels={wanted}"
+            )
+        self.sampling.times(self.parameterization, self.num_tokens(self.clip.num_frames))
+
+    def num_tokens(self, num_frames: int) -> int:
+        """Return how many tokens the transformer makes of a clip, or of each chunk of a longer one.
+
+        Raises:
+            ConfigError: an impossible length (names the nearest).
+        """
+        num_frames = min(num_frames, self.clip.num_frames)
+        extents = self.vae.latent_shape(num_frames, self.clip.height, self.clip.width)[1:]
+        return token_grid(extents, self.dit.patch).num_tokens
+
+    def check(self, *, num_frames: int, image: Tensor | None = None, sampling: Sampling | None = None) -> None:
         """Refuse what cannot be generated, before anything is loaded or computed.
 
         Raises:
-            ConfigError: an impossible length (names the nearest), or a first frame of another size or out of range.
+            ConfigError: an impossible length (names the nearest), a sampling that does not fit, or a first frame of
+                another size or out of range.
         """
         height, width = self.clip.height, self.clip.width
         self.vae.latent_shape(num_frames, height, width)
+        (sampling or self.sampling).times(self.parameterization, self.num_tokens(num_frames))
         if image is None:
             return
         if num_frames == 1:
@@ -157,9 +173,9 @@ class Pipeline:
         """Return the words of a prompt that the model has never read, and therefore cannot follow."""
         return self.card.unknown_words(prompt)
 
-    def check(self, *, num_frames: int, image: Tensor | None = None) -> None:
+    def check(self, *, num_frames: int, image: Tensor | None = None, sampling: Sampling | None = None) -> None:
         """Refuse what cannot be generated, before anything is computed; see `ModelCard.check`."""
-        self.card.check(num_frames=num_frames, image=image)
+        self.card.check(num_frames=num_frames, image=image, sampling=sampling)
 
     def generate(
         self,
@@ -172,7 +188,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         progress: Progress | None = None,
     ) -> Float[Tensor, "B 3 T H W"]:
-        """Make one clip per prompt, in [-1, 1]; clip i draws its noise from seed + i, or `noise` is given.
+        """Make one clip per prompt, in [-1, 1]; clip i draws all its noise from seed + i, or begins with `noise`.
 
         Raises:
             ConfigError: see `check`.
@@ -204,7 +220,7 @@ class Pipeline:
         """
         sampling, progress, clip = sampling or self.card.sampling, progress or Progress(), self.card.clip
         num_frames = clip.num_frames if num_frames is None else num_frames
-        self.check(num_frames=num_frames, image=image)
+        self.check(num_frames=num_frames, image=image, sampling=sampling)
         if not prompts or (image is not None and len(image) != len(prompts)):
             raise ConfigError(
                 f"need a prompt, and a first frame for each or none: got {len(prompts)} prompts"
@@ -224,7 +240,7 @@ class Pipeline:
         past, made = (None if image is None else image[:, :, None]), 0
         for chunk in range(num_chunks):
             x = noise if chunk == 0 and noise is not None else _noise(shape, generators)
-            frames, stopped = self._chunk(x, past, condition, sampling, progress, (chunk, num_chunks))
+            frames, stopped = self._chunk(x, past, condition, generators, sampling, progress, (chunk, num_chunks))
             fresh = frames if chunk == 0 else frames[:, :, kept:]
             yield fresh[:, :, : num_frames - made]
             made += fresh.shape[2]
@@ -245,24 +261,27 @@ class Pipeline:
         noise: Float[Tensor, "B C t h w"],
         past: Float[Tensor, "B 3 T0 H W"] | None,
         condition: Condition,
+        generators: Sequence[torch.Generator],
         sampling: Sampling,
         progress: Progress,
         place: tuple[int, int],
     ) -> tuple[Float[Tensor, "B 3 T H W"], bool]:
         """Sample and decode one window whose first frames are `past`; also say whether it was stopped midway."""
-        velocity = self._velocity(condition, noise.shape[0], sampling)
-        times = inference_times(sampling.num_steps, shift=sampling.shift)
+        space = self.card.parameterization
+        predict = self._predict(condition, noise, sampling)
+        walk = sampler_of(sampling.sampler, generators)
+        times: Times = sampling.times(space, token_grid(noise.shape[2:], self.card.dit.patch).num_tokens)
         with torch.no_grad(), self._autocast(sampling):
-            x = noise
+            x = combine((levels(space.process, times[:1]).sigma, noise))
             if past is not None:
                 given = self.vae.encode(past).mean.float()
-                x = torch.cat([given, noise[:, :, given.shape[2] :]], dim=2)
+                x = torch.cat([given, x[:, :, given.shape[2] :]], dim=2)
                 times = rollout_given(times, noise.shape[2], num_given=given.shape[2])
             chunk, num_chunks = place
 
             def on_step(index: int, estimate: Tensor) -> None:
                 if progress.on_step is not None:
-                    progress.on_step(chunk * sampling.num_steps + index + 1, num_chunks * sampling.num_steps)
+                    progress.on_step(chunk * sampling.steps_walked + index + 1, num_chunks * sampling.steps_walked)
                 if progress.on_preview is not None and (index + 1) % progress.preview_every == 0:
                     progress.on_preview(self.vae.decode(estimate).float().clamp(-1, 1))
                 if progress.should_stop is not None and progress.should_stop():
@@ -270,18 +289,25 @@ class Pipeline:
 
             stopped = False
             try:
-                x = (euler if sampling.sampler == "euler" else heun)(velocity, x, times, on_step=on_step)
+                x = walk(predict, x, times, parameterization=space, on_step=on_step)
             except _Stopped as early:
                 x, stopped = early.estimate, True
             return self.vae.decode(x).float().clamp(-1, 1), stopped
 
-    def _velocity(self, condition: Condition, batch: int, sampling: Sampling) -> Velocity:
-        null = self.text_condition(batch * [""])
+    def _predict(self, condition: Condition, noise: Float[Tensor, "B C t h w"], sampling: Sampling) -> Predict:
+        space, null = self.card.parameterization, self.text_condition(len(noise) * [""])
 
-        def under(c: Condition) -> Velocity:
-            return lambda x, t: self.dit(x, t, c).float()
+        def under(c: Condition) -> Predict:
+            return lambda x, t: self.dit(_as_read(space.process, x, t), t, c).float()
 
-        return guided(under(condition), under(null), scale=sampling.guidance_scale)
+        return guided_by(
+            sampling.guidance,
+            under(condition),
+            under(null),
+            scale=sampling.guidance_scale,
+            num_frames=noise.shape[2],
+            parameterization=space,
+        )
 
     def _autocast(self, sampling: Sampling) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=sampling.precision == "bf16")
@@ -337,3 +363,8 @@ def to_frames(clip: Float[Tensor, "3 T H W"]) -> UInt8[Tensor, "T H W 3"]:
 
 def _noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
     return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
+
+
+def _as_read(process: Process, x: Tensor, t: Tensor) -> Tensor:
+    """Return x as the network reads it: of about unit variance, which only an exploding process does not give."""
+    return combine((preconditioning(process, t).c_in, x)) if isinstance(process, VarianceExploding) else x

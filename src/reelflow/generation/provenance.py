@@ -17,7 +17,8 @@ import torch
 
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.errors import CheckpointError, ConfigError, MediaError
-from reelflow.generation.pipeline import Sampling, fingerprint
+from reelflow.generation.pipeline import fingerprint
+from reelflow.generation.sampling import Sampling
 
 __all__ = ["Provenance", "file_sha256", "versions_here"]
 

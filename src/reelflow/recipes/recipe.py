@@ -35,8 +35,10 @@ from reelflow.data.loader import ShuffledBatches
 from reelflow.data.store import Store, build_clip_store, write_store
 from reelflow.data.video import write_contact_sheet
 from reelflow.data.worlds import World, render_world, split_combinations
+from reelflow.diffusion.timesteps import shift_for
 from reelflow.errors import ConfigError, DataError
-from reelflow.generation.pipeline import ModelCard, Pipeline, Sampling, to_frames
+from reelflow.generation.pipeline import ModelCard, Pipeline, to_frames
+from reelflow.generation.sampling import Sampling
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Posterior, VAEConfig
@@ -113,6 +115,26 @@ class Recipe:
         ):
             if have != need:
                 raise ConfigError(f"dit.model.{name} must be {need} to fit the rest of the recipe, got {have}")
+        flow, card = self.dit.flow, self.card()
+        for num_frames in (self.clip.num_frames, *([1] if flow.image_fraction else [])):
+            shift_for(flow.shift, card.num_tokens(num_frames))
+        if self.sampling.guidance_scale != 1 and not flow.condition_dropout:
+            raise ConfigError(
+                f"guidance needs an unconditional branch, but dit.flow.condition_dropout is 0 and sampling.guidance_scale "
+                f"{self.sampling.guidance_scale}; nearest: a condition_dropout of 0.1, or a guidance_scale of 1"
+            )
+
+    def card(self, words: tuple[str, ...] = ()) -> ModelCard:
+        """Describe the model that the recipe makes, and the words of its captions."""
+        return ModelCard(
+            vae=self.vae.model,
+            dit=self.dit.model,
+            text=self.text,
+            clip=self.clip,
+            sampling=self.sampling,
+            words=words,
+            parameterization=self.dit.flow.parameterization,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,10 +188,8 @@ class _Runner:
         return Run(self.folder, model, self._seconds())
 
     def _card(self, captions: list[str]) -> ModelCard:
-        recipe, words = self.recipe, {word for caption in captions for word in words_of(caption)}
-        return ModelCard(
-            recipe.vae.model, recipe.dit.model, recipe.text, recipe.clip, recipe.sampling, tuple(sorted(words))
-        )
+        words = {word for caption in captions for word in words_of(caption)}
+        return self.recipe.card(tuple(sorted(words)))
 
     # The folder, and what has been spent in it
 
@@ -292,6 +312,7 @@ class _Runner:
                 learned.store.batch("frames", learned.rows[rows]), stage.loss, generator
             ),
             seed=stage.training.seed,
+            prefetch=0,  # a second pool of threads would cost a tenth of a step; the crops take less
         ) as batches:
             result = train(
                 task,

@@ -1,22 +1,35 @@
-"""The transformer's task: predict the velocity of noisy latents, for clips, images and continuations alike.
+"""The transformer's task: see through the noise of latents, for clips, images and continuations alike.
 
 One draw of t per clip; in a share of the batches the first latent frames are given (t = 1 there, no loss there), which
 teaches image-to-video and continuation, and in another share only frame 0 is used, which is an image. Text is dropped
 now and then, so that guidance has an unconditional branch.
+
+At t = 1 every process has the data itself and no noise. A published table of steps is no exception: its step 0, which
+still has some, stands before t = 1, so a given frame is one that no step has reached.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from reelflow.config import configuration
-from reelflow.diffusion.process import mix, velocity_of
-from reelflow.diffusion.timesteps import draw_logit_normal, draw_uniform
+from reelflow.diffusion.process import (
+    Parameterization,
+    Process,
+    RectifiedFlow,
+    VarianceExploding,
+    VariancePreserving,
+    combine,
+    mix,
+    preconditioning,
+)
+from reelflow.diffusion.timesteps import LogitNormal, Shift, TimeDistribution, draw_times, shift_for
+from reelflow.diffusion.weighting import Uniform, Weighting, loss_weight, variational_bound
 from reelflow.errors import ConfigError
 from reelflow.models.condition import Condition
 from reelflow.models.dit import VideoDiT
@@ -28,16 +41,22 @@ from reelflow.training.meters import BinnedMean
 __all__ = ["FlowConfig", "FlowTask", "LatentBatch"]
 
 NUM_BINS = 8
+LAST_TIME = 1 - 2**-24  # the last of float32 before 1, which is for what is given
+BOUND_SHARE = 1e-3  # of the variational bound in the loss (Nichol & Dhariwal 2021, eq. 16)
+BOUND_STEPS = 1000  # of which the bound is the sum, where the process has no table of steps
 
 
 @configuration
 class FlowConfig:
-    """What is drawn beside the data at each training step."""
+    """What the network is asked for, and what is drawn beside the data at each training step.
 
-    time: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 0.0  # of logit t
-    std: float = 1.0
-    shift: float = 1.0
+    A process with a table of steps is trained at those alone: each t that is drawn stands for the step at or before it.
+    """
+
+    parameterization: Parameterization = Parameterization()
+    time: TimeDistribution = LogitNormal()
+    shift: Shift = 1.0  # a number, or a function of how many tokens the batch's clips have
+    weighting: Weighting = Uniform()
     condition_dropout: float = 0.1  # share of samples trained without condition
     given_fraction: float = 0.2  # share of batches whose first latent frames are given
     max_given: int = 2  # latent frames
@@ -47,8 +66,8 @@ class FlowConfig:
         for name in ("condition_dropout", "given_fraction", "image_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-        if not self.std > 0 or not self.shift > 0:
-            raise ConfigError(f"std and shift must be positive, got {self.std} and {self.shift}")
+        if isinstance(self.shift, int | float):
+            shift_for(self.shift, 1)
         if self.max_given < 1:
             raise ConfigError(f"max_given must be at least 1, got {self.max_given}")
 
@@ -62,7 +81,7 @@ class LatentBatch:
 
 
 class FlowTask:
-    """Rectified-flow training of a `VideoDiT` (see `reelflow.training.loop.Task`).
+    """Diffusion training of a `VideoDiT` (see `reelflow.training.loop.Task`).
 
     `null` is the condition of nothing, one row; `validation` is a fixed batch of unseen clips; `previewer` writes
     samples into a folder.
@@ -88,6 +107,7 @@ class FlowTask:
             )
         self.model = model
         self.config = config
+        self.space = config.parameterization
         self.null = null
         self.validation = validation
         self.flops_per_sample = flops_per_sample
@@ -103,28 +123,32 @@ class FlowTask:
             given = int(torch.randint(1, min(self.config.max_given, frames - 1) + 1, (), generator=generator))
         keep = torch.rand(latents.shape[0], generator=generator) >= self.config.condition_dropout
         condition = batch.condition.where(keep, self.null).trimmed()
-        errors = self._errors(latents, self._draw_times(latents.shape[0], generator), condition, generator, given)
-        tokens = token_grid(latents.shape[2:], self.model.config.patch).num_tokens
-        return Loss(errors.mean(), {}, num_tokens=latents.shape[0] * tokens, num_samples=latents.shape[0])
+        num_tokens = token_grid(latents.shape[2:], self.model.config.patch).num_tokens
+        shift = shift_for(self.config.shift, num_tokens)
+        t = draw_times(self.config.time, latents.shape[0], generator, shift=shift).clamp(max=LAST_TIME)
+        t = _on_table(self.space.process, t)
+        errors, bounds = self._errors(latents, t, condition, generator, given)
+        weights = loss_weight(self.config.weighting, self.space.process, self.space.prediction, t)
+        value, parts = (weights.to(errors) * errors).mean(), {}
+        if bounds is not None:
+            parts = {"error": value, "bound": bounds.mean()}
+            value = value + BOUND_SHARE * parts["bound"]
+        return Loss(value, parts, num_tokens=latents.shape[0] * num_tokens, num_samples=latents.shape[0])
 
     def validate(self, generator: torch.Generator) -> dict[str, Any]:
-        """Return the loss on fixed latents and noise: its mean, and its mean and error in bins of t."""
+        """Return the unweighted error on fixed latents and noise: its mean, and its mean and error in bins of t."""
         latents = self.validation.posterior.sample(generator)
         bins = BinnedMean(NUM_BINS)
         for index in range(NUM_BINS):
             t = (index + torch.rand(latents.shape[0], generator=generator)) / NUM_BINS
-            bins.add(t, self._errors(latents, t, self.validation.condition, generator, 0))
+            at = _on_table(self.space.process, t)
+            bins.add(t, self._errors(latents, at, self.validation.condition, generator, 0).error)
         rows = bins.rows()
         return {"loss": sum(row["mean"] for row in rows) / NUM_BINS, "bins": rows}
 
     def preview(self, folder: Path, step: int) -> None:
         if self.previewer is not None:
             self.previewer(folder, step)
-
-    def _draw_times(self, num: int, generator: torch.Generator) -> Float[Tensor, " B"]:
-        if self.config.time == "uniform":
-            return draw_uniform(num, generator, shift=self.config.shift)
-        return draw_logit_normal(num, generator, mean=self.config.mean, std=self.config.std, shift=self.config.shift)
 
     def _errors(
         self,
@@ -133,12 +157,56 @@ class FlowTask:
         condition: Condition,
         generator: torch.Generator,
         given: int,
-    ) -> Float[Tensor, " B"]:
-        """Return each sample's mean squared error of the velocity, over the frames that are not given."""
-        noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
+    ) -> "_Errors":
+        """Ask the network at t, with the first frames given, and judge the others."""
+        space, noise = self.space, torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
+        times = t
         if given:
-            t = t[:, None].repeat(1, latents.shape[2])
-            t[:, :given] = 1
-        velocity = self.model(mix(latents, noise, t), t, condition).float()
-        errors = (velocity - velocity_of(latents, noise)).square()
-        return errors[:, :, given:].mean(dim=(1, 2, 3, 4))
+            times = t[:, None].repeat(1, latents.shape[2])
+            times[:, :given] = 1
+        # A lerp is exact where data and noise agree, and rounds less than the sum that other processes take.
+        mixed = mix if isinstance(space.process, RectifiedFlow) else space.mix
+        x = mixed(latents, noise, times)
+        output = self.model(_as_read(space.process, x, times), times.float(), condition).float()
+        answer, variance = space.split(latents, output)
+        errors = (answer - space.target(latents, noise, times)).square()[:, :, given:].mean(dim=(1, 2, 3, 4))
+        if variance is None:
+            return _Errors(errors, None)
+        return _Errors(errors, _bounds(space, latents[:, :, given:], x[:, :, given:], output[:, :, given:], t))
+
+
+class _Errors(NamedTuple):
+    """Each sample's mean squared error of the prediction; and its bound, if the variance is learned."""
+
+    error: Float[Tensor, " B"]
+    bound: Float[Tensor, " B"] | None
+
+
+def _bounds(
+    space: Parameterization,
+    latents: Float[Tensor, "B C T H W"],
+    x: Float[Tensor, "B C T H W"],
+    output: Float[Tensor, "B C_out T H W"],
+    t: Float[Tensor, " B"],
+) -> Float[Tensor, " B"]:
+    """Return the variational bound in nats per element, over all steps, as estimated from the step at t."""
+    num_steps = space.process.num_steps if isinstance(space.process, VariancePreserving) else BOUND_STEPS
+    before_last = t < 1 - 1.5 / num_steps  # the last step, into t = 1, draws nothing and so has no variance
+    latents, x, output, t = (part[before_last] for part in (latents, x, output, t))
+    bounds = output.new_zeros(before_last.shape)
+    bounds[before_last] = (
+        variational_bound(space, latents, x, output, t, t + 1 / num_steps).mean(dim=(1, 2, 3, 4)).float()
+    )
+    return num_steps * bounds
+
+
+def _on_table(process: Process, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Move times back to the nearest steps, if the process has a table of them."""
+    if not isinstance(process, VariancePreserving) or process.continuous:
+        return t
+    return process.t_of(process.step_of(t).ceil())
+
+
+def _as_read(process: Process, x: Tensor, t: Tensor) -> Tensor:
+    """Return x as the network reads it: of about unit variance, which only an exploding process does not give."""
+    return combine((preconditioning(process, t).c_in, x)) if isinstance(process, VarianceExploding) else x
