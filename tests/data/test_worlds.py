@@ -147,10 +147,10 @@ def test_the_backdrop_moves_exactly_as_the_camera_pans():
 
 def test_the_camera_is_read_back():
     world, errors = World(max_pan=1.5), []
-    for scene in scenes(world, 30):
+    for scene in scenes(world, 40):
         clip = world.render(scene)
         errors.append(abs(analyse(clip.frames).pan - clip.pan).max())
-    assert max(errors) < 1.5  # of up to 24 pixels
+    assert np.quantile(errors, 0.9) < 1.0  # of up to 24 pixels; rarely the object hides much of the texture
     assert np.median(errors) < 0.4
     still = WORLD.render(WORLD.draw_scene(rng())).frames
     assert abs(analyse(still).pan).max() < 0.01
