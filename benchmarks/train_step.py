@@ -2,7 +2,8 @@
 
 The transformer of the recipe `world`, in turn: some bare steps, some steps of `reelflow.training.loop.train` (with
 logging, averaged weights, the finiteness check and a loader), and so on; medians of single steps. FLOPs of a step are
-3 x batch x (4 (N + L)^2 D a block + 2 tokens x weights of every linear map); see `reelflow.planning.cost`.
+3 x batch x (4 D per pair of query and key that meet + 2 tokens x weights of every linear map); see
+`reelflow.planning.cost`.
 """
 
 import statistics
