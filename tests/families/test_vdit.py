@@ -127,9 +127,7 @@ def learner(model: FoundingModel) -> Learner:
         context_dim=WORDS.dim if model.dit.context_dim else 0,
         num_classes=len(ASKED) if model.dit.num_classes else 0,
     )
-    flow = FlowConfig(
-        parameterization=model.parameterization, time=model.time, shift=model.shift, given_fraction=0.0
-    )
+    flow = FlowConfig(parameterization=model.parameterization, time=model.time, shift=model.shift, given_fraction=0.0)
     mean, std = data.mean(), data.std()
     return Learner(VideoDiT(dit), flow, (data - mean) / std, which, in_pixels, mean, std)
 

@@ -232,7 +232,7 @@ class Comparison:
 
 
 def comparison() -> Comparison:
-    """The comparison as it was run for docs/comparison.md."""
+    """Five kinds of attention, two objectives, three laws of time at two sizes, two spaces, five guidances; not yet run."""
     return Comparison(
         data=Data(
             colours=("red", "blue"),
