@@ -64,6 +64,8 @@ TINY = replace(
     only=("gated", "pixel"),
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
