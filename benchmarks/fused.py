@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelflow.cli.main import keep_freed_memory
-from reelflow.nn.attention import HeadNorm, split_heads
+from reelflow.nn.attention import split_heads
 from reelflow.nn.mlp import activate
 from reelflow.nn.modulation import gated, modulate
+from reelflow.nn.norm import RMSNorm
 from reelflow.nn.patchify import token_grid
 from reelflow.nn.qk import queries_keys_values
 from reelflow.nn.rope import apply_rope, grid_positions, rope_table
@@ -71,7 +72,7 @@ def pieces(dtype: torch.dtype) -> list[Piece]:
     x, branch = normal(BATCH, tokens, MODEL.dim), normal(BATCH, tokens, MODEL.dim)
     shift, scale = normal(BATCH, 1, MODEL.dim), normal(BATCH, 1, MODEL.dim)
     rope = rope_table(grid_positions(*GRID), MODEL.rope, theta=MODEL.theta).float()
-    norm_q, norm_k = (HeadNorm(HEAD_DIM, eps=1e-6) for _ in range(2))
+    norm_q, norm_k = (RMSNorm(HEAD_DIM, eps=1e-6) for _ in range(2))
     heads, qkv = normal(BATCH, MODEL.num_heads, GRID.num_tokens, HEAD_DIM), normal(BATCH, tokens, 3 * MODEL.dim)
 
     def naive_qk(qkv: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -80,7 +81,7 @@ def pieces(dtype: torch.dtype) -> list[Piece]:
         return q, k, v
 
     def ours_qk(qkv: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return queries_keys_values(qkv, norm_q, norm_k, rope)
+        return queries_keys_values(qkv, norm_q, norm_k, rope, MODEL.num_heads)
 
     return [
         Piece(

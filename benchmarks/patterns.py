@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reelflow.cli.main import keep_freed_memory
-from reelflow.models.blocks import Attend, Branches, FeedForward, Streams, build_block
+from reelflow.models.blocks import Attend, Branches, FeedForward, Streams, Widths, build_block
 from reelflow.models.dit import DiTConfig
 from reelflow.nn.patchify import Grid, Patch
 from reelflow.nn.patterns import (
@@ -84,7 +84,7 @@ def layer(patterns: Patterns) -> Branches:
 def block(patterns: Patterns, grid: Grid) -> Run:
     """Run a block of the width of `make demo`, under bfloat16 autocast."""
     generator, batch, dim = torch.Generator().manual_seed(0), batch_of(grid), MODEL.dim
-    module = build_block(layer(patterns), dim, MODEL.num_heads, dim, MODEL.activation)
+    module = build_block(layer(patterns), Widths(dim, MODEL.num_heads, dim, dim, MODEL.activation))
     video = torch.randn(batch, grid.num_tokens, dim, generator=generator).bfloat16().requires_grad_()
     vector = torch.randn(batch, 1, dim, generator=generator)
     context = torch.zeros(batch, 0, dim)

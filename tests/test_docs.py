@@ -9,6 +9,7 @@ import torch
 
 from reelflow.generation.pipeline import ModelCard, Pipeline
 from reelflow.models.blocks import Dual, Single
+from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig
 from reelflow.recipes.world import world
@@ -34,7 +35,7 @@ def demo_folder(tmp_path, monkeypatch):
         num_heads=2,
         rope=(4, 6, 6),
         layers=(Dual(), Single()),
-        context_dim=recipe.text.dim,
+        context=Layers(recipe.text.dim),
         vector_dim=recipe.text.dim,
     )
     card = ModelCard(vae, dit, recipe.text, recipe.clip, replace(recipe.sampling, num_steps=2))

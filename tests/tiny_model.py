@@ -7,6 +7,7 @@ from reelflow.data.folder import ClipSpec
 from reelflow.generation.pipeline import ModelCard, Pipeline
 from reelflow.generation.sampling import Sampling
 from reelflow.models.blocks import Dual, Single
+from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig
 from reelflow.nn.patchify import Patch
@@ -26,7 +27,7 @@ CARD = ModelCard(
         layers=(Dual(), Single()),
         patch=Patch(1, 2, 2),
         rope=(4, 6, 6),
-        context_dim=32,
+        context=Layers(32),
         vector_dim=32,
     ),
     text=HashedWords(dim=32, max_words=6),

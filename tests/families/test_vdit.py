@@ -35,11 +35,13 @@ from reelflow.families.vdit import (
 )
 from reelflow.generation.pipeline import to_frames
 from reelflow.models.condition import Condition
+from reelflow.models.context import Layers
 from reelflow.models.dit import VideoDiT
 from reelflow.models.vae import Posterior
+from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch
 from reelflow.planning.cost import dit_cost
-from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
 from reelflow.training.loop import TrainingConfig, train
 from reelflow.training.optim import OptimizerConfig
 
@@ -122,9 +124,9 @@ def learner(model: FoundingModel) -> Learner:
         model.dit,
         in_channels=data.shape[1],
         patch=Patch(1, 8, 8) if in_pixels else Patch(1, 2, 2),
-        absolute="sincos",
+        absolute=(SinCos(max_period=100.0),),
         theta=100.0,  # grids of four tokens a side
-        context_dim=WORDS.dim if model.dit.context_dim else 0,
+        context=Layers(WORDS.dim) if model.dit.context else None,
         num_classes=len(ASKED) if model.dit.num_classes else 0,
     )
     flow = FlowConfig(parameterization=model.parameterization, time=model.time, shift=model.shift, given_fraction=0.0)
@@ -161,7 +163,7 @@ def test_a_small_one_learns_to_show_the_colour_and_the_motion_asked_for(name, tm
             batches,
             config,
             tmp_path,
-            hidden=lambda name, weight: weight.ndim == 2 and name.startswith("blocks.") and ".modulation." not in name,
+            hidden=inner_matrix,
             console=Console(quiet=True),
         )
     small.network.eval()

@@ -14,20 +14,30 @@ from reelflow.models.blocks import (
     FeedForward,
     Single,
     Streams,
+    Widths,
     build_block,
     gate_values,
 )
+from reelflow.nn.norm import Norm
 from reelflow.nn.patchify import Grid
 from reelflow.nn.patterns import Causal, Gated, Skip, Space, Time, Window, dense_mask
 from reelflow.nn.rope import grid_positions, rope_table
 
 DIM, HEADS, VECTOR, CONTEXT, FRAMES, PER_FRAME = 16, 2, 6, 3, 2, 2
 TOKENS = FRAMES * PER_FRAME
+PLAIN = Norm(affine=True)
 JOINT = [Dual(mlp_ratio=2.0), Single(mlp_ratio=2.0)]
 SPECS = pytest.mark.parametrize("spec", JOINT, ids=["dual", "single"])
 READ = Dual(mlp_ratio=2.0, context_out=False)
 LIST = Branches(
-    (Attend(), Cross(), FeedForward(2.0), Attend(norm="plain"), Cross("adaptive"), FeedForward(2.0, "plain"))
+    (
+        Attend(),
+        Cross(),
+        FeedForward(2.0),
+        Attend(norm=PLAIN, adaptive=False),
+        Cross(norm=Norm(), adaptive=True),
+        FeedForward(2.0, PLAIN, adaptive=False),
+    )
 )
 ALL_SPECS = pytest.mark.parametrize("spec", [*JOINT, READ, LIST], ids=["dual", "single", "read", "branches"])
 
@@ -38,7 +48,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def block(spec, *, activation="swiglu", context_width: int | None = None) -> nn.Module:
     torch.manual_seed(0)
-    module = build_block(spec, DIM, HEADS, VECTOR, activation, context_width=context_width).double()
+    module = build_block(spec, Widths(DIM, HEADS, VECTOR, context_width or DIM, activation)).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module
@@ -65,7 +75,7 @@ def close(a, b) -> None:
 @pytest.mark.parametrize("groups", [1, FRAMES, TOKENS])
 def test_a_fresh_block_changes_nothing(spec, groups):
     s = streams(groups=groups)
-    video, context = build_block(spec, DIM, HEADS, VECTOR, "gelu_tanh").double()(s)
+    video, context = build_block(spec, Widths(DIM, HEADS, VECTOR, DIM, "gelu_tanh")).double()(s)
     assert torch.equal(video, s.video)
     assert torch.equal(context, s.context)
 
@@ -97,7 +107,7 @@ def test_context_tokens_follow_their_own_vector_when_frames_differ(spec):
 def test_a_block_is_its_written_sum_of_branches(spec):
     """One head without rotation, one clip, one group: computed again from the parts, by the paper's formula."""
     torch.manual_seed(0)
-    module = build_block(spec, DIM, 1, VECTOR, "silu").double()
+    module = build_block(spec, Widths(DIM, 1, VECTOR, DIM, "silu")).double()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     s = replace(streams(), rope=torch.tensor([1.0, 0.0], dtype=torch.float64).expand(TOKENS, DIM // 2, 2))
@@ -226,7 +236,7 @@ def test_a_tokens_gate_reads_that_video_token_as_its_query_does(make):
 def test_a_gate_begins_halfway_learns_and_can_be_read_at_any_time(granularity):
     torch.manual_seed(0)
     spec = Branches((Attend(Gated(granularity)), FeedForward()))
-    model = nn.ModuleDict({"block": build_block(spec, DIM, HEADS, VECTOR, "silu").double()})
+    model = nn.ModuleDict({"block": build_block(spec, Widths(DIM, HEADS, VECTOR, DIM, "silu")).double()})
     name, s = "block.branches.0.function", streams()
     assert gate_values(model) == {name: 0.5}
     for parameter in model.parameters():
@@ -279,7 +289,7 @@ def test_a_list_of_branches_is_its_written_sum():
 
     x = s.video
     for spec, branch in zip(LIST.branches, module.branches, strict=True):
-        if spec.norm == "plain":
+        if not spec.adaptive:
             y = norm(x) * branch.norm.weight + branch.norm.bias
             x = x + function(branch.function, spec.kind, y)
         else:

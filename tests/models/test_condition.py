@@ -22,7 +22,9 @@ def full(seed: int = 0) -> Condition:
         context=normal(2, 3, 5, seed=seed),
         context_mask=normal(2, 3, seed=seed) > 0,
         vector=normal(2, 4, seed=seed),
+        numbers=normal(2, 2, seed=seed),
         label=torch.tensor([1, 2]) + seed,
+        image=normal(2, 2, 7, seed=seed),
         channels=normal(2, 1, 2, 2, 2, seed=seed),
         residual=normal(2, 8, 6, seed=seed),
     )
@@ -30,14 +32,16 @@ def full(seed: int = 0) -> Condition:
 
 def test_contexts_and_channels_stand_side_by_side_and_vectors_and_residuals_add():
     a, b = full(), full(1)
-    b = Condition(**{f.name: getattr(b, f.name) for f in fields(b) if f.name != "label"})
+    b = Condition(**{f.name: getattr(b, f.name) for f in fields(b) if f.name not in ("label", "numbers")})
     both = a + b
     assert torch.equal(both.context, torch.cat([a.context, b.context], dim=1))
     assert torch.equal(both.context_mask, torch.cat([a.context_mask, b.context_mask], dim=1))
     assert torch.equal(both.channels, torch.cat([a.channels, b.channels], dim=1))
     assert torch.equal(both.vector, a.vector + b.vector)
     assert torch.equal(both.residual, a.residual + b.residual)
+    assert torch.equal(both.image, torch.cat([a.image, b.image], dim=1))
     assert torch.equal(both.label, a.label)
+    assert torch.equal(both.numbers, a.numbers)
 
 
 def test_adding_nothing_changes_nothing():

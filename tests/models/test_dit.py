@@ -10,7 +10,9 @@ from reelflow.config import from_dict, to_dict
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single, gate_values
 from reelflow.models.condition import Condition
+from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.nn.norm import Norm
 from reelflow.nn.patchify import Patch
 from reelflow.nn.patterns import Causal, Full, Gated, Space, Time, Window
 
@@ -21,12 +23,12 @@ FULL = DiTConfig(
     layers=(Dual(mlp_ratio=2.0), Single(mlp_ratio=2.0)),
     patch=Patch(1, 2, 2),
     rope=(4, 4, 4),
-    context_dim=5,
+    context=Layers(5),
     vector_dim=4,
     extra_channels=2,
     num_classes=3,
 )
-BARE = replace(FULL, context_dim=0, vector_dim=0, extra_channels=0, num_classes=0)
+BARE = replace(FULL, context=None, vector_dim=0, extra_channels=0, num_classes=0)
 FACTORISED = Branches((Attend(Space()), Attend(Time()), FeedForward(2.0)))
 WITH_TEXT = Branches((Attend(Space()), Attend(Time()), Cross(), FeedForward(2.0)))
 LAYERS = [(Dual(mlp_ratio=2.0),), (Single(mlp_ratio=2.0),), (Dual(), Single(), Single()), (WITH_TEXT,)]
@@ -130,7 +132,7 @@ def test_masked_context_tokens_do_not_matter(t):
 
 def test_a_context_with_no_real_token_is_no_context():
     """The empty prompt: nothing to attend to, and no NaN."""
-    config = replace(BARE, context_dim=5)
+    config = replace(BARE, context=Layers(5))
     condition = Condition(context=normal(2, 4, 5), context_mask=torch.zeros(2, 4, dtype=torch.bool))
     without = Condition(context=normal(2, 0, 5))
     close(network(config)(X, TIMES, condition), network(config)(X, TIMES, without))
@@ -143,7 +145,7 @@ def test_rows_of_a_batch_do_not_see_each_other(layers):
     together = model(batch, t, condition)
     for row in range(3):
         part = slice(row, row + 1)
-        alone = Condition(**{name: value[part] for name, value in vars(condition).items()})
+        alone = Condition(**{name: value[part] for name, value in vars(condition).items() if value is not None})
         close(model(batch[part], t[part], alone), together[part])
 
 
@@ -203,14 +205,14 @@ def expected_parameters(c: DiTConfig) -> int:
             total += linear(dim, hidden * (1 + gated)) + linear(dim + hidden, dim)
         else:
             for branch in layer.branches:
-                total += linear(dim, 3 * dim) - dim if branch.norm == "adaptive" else 2 * dim
+                total += linear(dim, 3 * dim) - dim if branch.adaptive else 2 * dim
                 if isinstance(branch, FeedForward):
                     total += mlp(dim, branch.ratio)
                 elif isinstance(branch, Cross):
                     total += 2 * linear(dim, dim) + linear(text, 2 * dim) + 2 * head
                 else:
                     total += attention(dim) + (c.num_heads if branch.pattern == Gated("head") else 0)
-            total += dim * sum(branch.norm == "adaptive" for branch in layer.branches)
+            total += dim * sum(branch.adaptive for branch in layer.branches)
     return total
 
 
@@ -224,7 +226,7 @@ def expected_parameters(c: DiTConfig) -> int:
                 Dual(context_out=False),
                 Single(mlp_ratio=2.5),
                 FACTORISED,
-                Branches((Attend(Gated("head")), FeedForward(norm="plain"))),
+                Branches((Attend(Gated("head")), FeedForward(norm=Norm(affine=True), adaptive=False))),
                 WITH_TEXT,
             ]
         ),
@@ -236,7 +238,7 @@ def expected_parameters(c: DiTConfig) -> int:
 def test_parameters_are_counted_by_formula(base, layers, activation, patch):
     if base.context_width:
         layers = [layer for layer in layers if not isinstance(layer, Single)]
-    if not base.context_dim:
+    if not base.context:
         layers = [layer for layer in layers if layer != WITH_TEXT]
     config = replace(base, layers=tuple(layers), activation=activation, patch=Patch(*patch))
     with torch.device("meta"):
@@ -257,7 +259,7 @@ def test_one_model_takes_any_number_of_frames_and_any_size(grid, patch):
 
 
 CLASS_ONLY = replace(BARE, num_classes=3, activation="geglu", out_channels=6)
-TEXT = replace(BARE, context_dim=5)
+TEXT = replace(BARE, context=Layers(5))
 FOUNDING = {
     "factorised": replace(CLASS_ONLY, layers=2 * (FACTORISED,)),
     "pixels": replace(CLASS_ONLY, layers=2 * (FACTORISED,), in_channels=3, patch=Patch(1, 4, 6)),
@@ -273,8 +275,8 @@ FOUNDING = {
 def test_the_founding_designs_are_configurations_all_of_whose_weights_learn(config):
     assert from_dict(DiTConfig, to_dict(config)) == config
     condition = Condition(
-        context=FITTING.context if config.context_dim else None,
-        context_mask=FITTING.context_mask if config.context_dim else None,
+        context=FITTING.context if config.context else None,
+        context_mask=FITTING.context_mask if config.context else None,
         label=FITTING.label if config.num_classes else None,
     )
     model = network(config)
@@ -382,9 +384,12 @@ def test_a_closed_door_is_refused(door):
         ({"rope": (4, 4, 6)}, r"sum to the head dim 12, got \(4, 4, 6\) \(sum 14\); for example \(4, 4, 4\)"),
         ({"patch": Patch(1, 0, 2)}, "patch must be at least 1"),
         ({"in_channels": 0}, "in_channels and patch must be at least 1, got 0"),
-        ({"out_channels": -1}, "out_channels counts channels, got -1; nearest: 0"),
+        ({"out_channels": -1}, "out_channels must not be negative, got -1; nearest: 0"),
         ({"context_width": 10}, r"layers\[1\] is a Single, .* got dim=24 and context_width=10"),
-        ({"layers": (Dual(), WITH_TEXT), "context_dim": 0}, r"layers\[1\] attends to a context, but context_dim is 0"),
+        (
+            {"layers": (Dual(), WITH_TEXT), "context": None},
+            r"layers\[1\] attends to a context, but there is no context door",
+        ),
     ],
 )
 def test_an_impossible_shape_is_refused(changes, message):

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reelflow.nn import attention
-from reelflow.nn.attention import HeadNorm, attend, merge_heads, split_heads
+from reelflow.nn.attention import attend, merge_heads, split_heads
+from reelflow.nn.norm import RMSNorm
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -102,11 +103,11 @@ def test_heads_split_and_merge_without_a_trace():
 
 
 def test_head_norm_divides_each_head_by_its_root_mean_square():
-    norm, x = HeadNorm(8, eps=0.0).double(), normal(2, 3, 4, 8)
+    norm, x = RMSNorm(8, eps=0.0).double(), normal(2, 3, 4, 8)
     torch.testing.assert_close(norm(x), x / x.square().mean(-1, keepdim=True).sqrt())
     norm.weight.data[:] = 2
     torch.testing.assert_close(norm(x).square().mean(-1), torch.full((2, 3, 4), 4.0, dtype=torch.float64))
 
 
 def test_head_norm_keeps_the_precision_of_its_input():
-    assert HeadNorm(8)(torch.ones(1, 1, 2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert RMSNorm(8)(torch.ones(1, 1, 2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16

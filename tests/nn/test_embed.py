@@ -7,8 +7,9 @@ from reelflow.errors import ConfigError
 from reelflow.nn.embed import (
     Learned,
     LearnedPositions,
+    Number,
+    NumberEmbedding,
     SinCos,
-    TimeEmbedding,
     VectorEmbedding,
     grid_sinusoid,
     sinusoid,
@@ -124,7 +125,7 @@ def test_a_mistake_is_refused_with_the_way_out(mistake):
 
 def test_the_time_embedding_tells_neighbouring_times_apart():
     torch.manual_seed(0)
-    embed = TimeEmbedding(16).double()
+    embed = NumberEmbedding(Number(), 16).double()
     times = torch.linspace(0, 1, 1001, dtype=F64)[:, None]
     rows = embed(times)[:, 0]
     assert (rows.diff(dim=0).norm(dim=-1) > 1e-3).all()

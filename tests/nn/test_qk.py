@@ -3,14 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reelflow.nn.attention import HeadNorm, split_heads
+from reelflow.nn.attention import split_heads
+from reelflow.nn.norm import RMSNorm
 from reelflow.nn.qk import queries_keys_values
 from reelflow.nn.rope import apply_rope, grid_positions, rope_table
 
 
-def chain(qkv, norm_q, norm_k, rope):
+def chain(qkv, norm_q, norm_k, rope, heads):
     """The same in its plain parts."""
-    q, k, v = (split_heads(part, qkv.shape[-1] // 3 // norm_q.normalized_shape[0]) for part in qkv.chunk(3, dim=-1))
+    q, k, v = (split_heads(part, heads) for part in qkv.chunk(3, dim=-1))
     q, k = norm_q(q), norm_k(k)
     if rope is not None:
         length = q.shape[2] - rope.shape[-3]
@@ -23,7 +24,7 @@ def case(batch, heads, length, width, frames, dtype=torch.float64):
     rope = rope_table(grid_positions(frames, 2, 2), (width // 2, 0, width // 2)) if frames else None
     tokens = length + 4 * frames
     qkv = torch.randn(batch, tokens, 3 * heads * width, dtype=dtype, requires_grad=True)
-    norms = [HeadNorm(width, eps=1e-6, dtype=dtype) for _ in range(2)]
+    norms = [RMSNorm(width, eps=1e-6, dtype=dtype) for _ in range(2)]
     for norm in norms:
         torch.nn.init.normal_(norm.weight, mean=1, std=0.3)
     return qkv, *norms, rope
@@ -38,7 +39,7 @@ def test_the_fused_chain_equals_its_parts_forward_and_backward(batch, heads, len
     inputs = (qkv, norm_q.weight, norm_k.weight)
     results = []
     for function in (queries_keys_values, chain):
-        parts = function(qkv, norm_q, norm_k, rope)
+        parts = function(qkv, norm_q, norm_k, rope, heads)
         weights = [torch.linspace(-1, 2, part.numel(), dtype=part.dtype).view(part.shape) for part in parts]
         loss = sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True))
         results.append([*parts, *torch.autograd.grad(loss, inputs)])
@@ -49,9 +50,9 @@ def test_the_fused_chain_equals_its_parts_forward_and_backward(batch, heads, len
 def test_each_sample_may_have_its_own_positions():
     qkv, norm_q, norm_k, rope = case(2, 2, 1, 8, 2)
     tables = torch.stack([rope, rope.flip(0)])
-    together = queries_keys_values(qkv, norm_q, norm_k, tables)
+    together = queries_keys_values(qkv, norm_q, norm_k, tables, 2)
     for row in range(2):
-        alone = queries_keys_values(qkv[row : row + 1], norm_q, norm_k, tables[row])
+        alone = queries_keys_values(qkv[row : row + 1], norm_q, norm_k, tables[row], 2)
         for ours, theirs in zip(together, alone, strict=True):
             torch.testing.assert_close(ours[row : row + 1], theirs)
 
@@ -59,15 +60,15 @@ def test_each_sample_may_have_its_own_positions():
 def test_bfloat16_is_rounded_once_at_the_end():
     qkv, norm_q, norm_k, rope = case(1, 2, 1, 8, 2, dtype=torch.float32)
     low = qkv.detach().bfloat16()
-    ours = queries_keys_values(low, norm_q, norm_k, rope)
-    exact = queries_keys_values(low.float(), norm_q, norm_k, rope)
+    ours = queries_keys_values(low, norm_q, norm_k, rope, 2)
+    exact = queries_keys_values(low.float(), norm_q, norm_k, rope, 2)
     for part, wide in zip(ours, exact, strict=True):
         assert torch.equal(part, wide.bfloat16())
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
     qkv, norm_q, norm_k, rope = case(1, 1, 0, 4, 1)
-    q, _, _ = queries_keys_values(qkv, norm_q, norm_k, rope)
+    q, _, _ = queries_keys_values(qkv, norm_q, norm_k, rope, 1)
     (first,) = torch.autograd.grad(q.square().sum(), qkv, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()

@@ -7,8 +7,10 @@ import torch
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single
 from reelflow.models.condition import Condition
+from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig
+from reelflow.nn.norm import Norm
 from reelflow.nn.patterns import Causal, Full, Gated, Skip, Space, Time, Window
 from reelflow.planning.cost import count_flops, dit_cost, num_parameters, training_bytes, vae_cost
 
@@ -18,7 +20,15 @@ VAE = VAEConfig(
     decoder=(Stage(32, 1), Stage(16, 1, space=2, time=2)),
 )
 DIT = DiTConfig(
-    in_channels=4, dim=48, num_heads=2, layers=(), rope=(8, 8, 8), context_dim=12, vector_dim=6, stem=5, out_channels=3
+    in_channels=4,
+    dim=48,
+    num_heads=2,
+    layers=(),
+    rope=(8, 8, 8),
+    context=Layers(12),
+    vector_dim=6,
+    stem=5,
+    out_channels=3,
 )
 PATTERNS = [Full(), Space(), Time(), Window(2, 3, 2, shift=(1, 0, 0)), Skip(5, run=2), Causal(1), Gated("token")]
 SOME = [Causal(), Gated("token")]
@@ -30,7 +40,7 @@ def counted(config: DiTConfig, context_tokens: int) -> int:
     """Count by walking the model."""
     with torch.device("meta"):
         condition = Condition(vector=torch.empty(1, 6))
-        if config.context_dim:
+        if config.context:
             condition = replace(condition, context=torch.empty(1, context_tokens, 12))
         return count_flops(VideoDiT(config), torch.empty(1, 4, 3, 8, 4), torch.empty(1), condition)
 
@@ -41,7 +51,15 @@ def test_the_formula_counts_every_operation_of_every_kind_and_pattern(kind, patt
         "dual": Dual(mlp_ratio=3.0, attend=pattern),
         "read": Dual(attend=pattern, context_out=False),
         "single": Single(mlp_ratio=2.0, attend=pattern),
-        "branches": Branches((Attend(pattern), Cross(), FeedForward(2.5), Cross("adaptive"), Attend(pattern, "plain"))),
+        "branches": Branches(
+            (
+                Attend(pattern),
+                Cross(),
+                FeedForward(2.5),
+                Cross(norm=Norm(), adaptive=True),
+                Attend(pattern, adaptive=False),
+            )
+        ),
     }[kind]
     config = replace(DIT, layers=(layer,), context_width=0 if kind == "single" else 24)
     shell = replace(config, layers=())
@@ -54,7 +72,7 @@ def test_the_formula_counts_every_operation_of_every_kind_and_pattern(kind, patt
 @pytest.mark.parametrize("context", [0, 7])
 def test_the_formula_counts_a_mixed_stack_with_and_without_context(activation, context):
     layers = (Dual(), Single(), Branches((Attend(Space()), FeedForward())), Single(mlp_ratio=2.0))
-    config = replace(DIT, layers=layers, activation=activation, context_dim=12 if context else 0)
+    config = replace(DIT, layers=layers, activation=activation, context=Layers(12) if context else None)
     cost = dit_cost(config, (3, 8, 4), context_tokens=context)
     assert cost.flops == pytest.approx(counted(config, context), rel=0.001)
     assert cost.num_parameters == num_parameters(VideoDiT(config))

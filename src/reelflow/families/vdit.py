@@ -19,6 +19,7 @@ from reelflow.diffusion.process import Parameterization, VariancePreserving
 from reelflow.diffusion.timesteps import LogitNormal, TimeDistribution, Uniform
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Layer
+from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig
 from reelflow.models.vae import Stage, VAEConfig
 from reelflow.nn.patchify import Patch, token_grid
@@ -162,7 +163,7 @@ def autoencoder(latent_channels: int) -> VAEConfig:
     )
 
 
-def _dit(size: Size, layers: tuple[Layer, ...], *, in_channels: int, context_dim: int = 0) -> DiTConfig:
+def _dit(size: Size, layers: tuple[Layer, ...], *, in_channels: int, context: Layers | None = None) -> DiTConfig:
     return DiTConfig(
         in_channels=in_channels,
         dim=size.dim,
@@ -171,14 +172,14 @@ def _dit(size: Size, layers: tuple[Layer, ...], *, in_channels: int, context_dim
         patch=Patch(1, 2, 2),
         rope=(16, 24, 24),
         activation="geglu",
-        context_dim=context_dim,
+        context=context,
     )
 
 
 def _text(size: Size, layers: tuple[Layer, ...]) -> FoundingModel:
     """T5-XXL's features, 4,096 wide; 256 tokens, latents of 16 channels and the shift are our choice."""
     return FoundingModel(
-        dit=_dit(size, layers, in_channels=16, context_dim=4096),
+        dit=_dit(size, layers, in_channels=16, context=Layers(4096)),
         vae=autoencoder(latent_channels=16),
         context_tokens=256,
         parameterization=Parameterization(),

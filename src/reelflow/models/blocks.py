@@ -1,11 +1,11 @@
-"""Transformer blocks: lists of residual branches `x <- x + gate * f(modulate(norm(x)))`.
+"""Transformer blocks: lists of residual branches `x <- x + gate * post(f(modulate(norm(x))))`.
 
     Dual       two streams, video and context, with their own weights and one joint attention (Esser et al. 2024, MM-DiT)
     Single     one stream, context then video, attention and MLP side by side in one branch (Dehghani et al. 2023)
     Branches   the video stream alone, any list of branches: `Attend`, `Cross` (reads the context), `FeedForward`
 
 A block kind is a value in the model's list of layers; a new kind is a new class here. Which tokens attend to which is
-a value too (`reelflow.nn.patterns`), and what changes from layer to layer is said by the list:
+a value too (`reelflow.nn.patterns`), and so are norms; what changes from layer to layer is said by the list:
 
     factorised = Branches((Attend(Space()), Attend(Time()), FeedForward()))
     with_text  = Branches((Attend(Space()), Attend(Time()), Cross(), FeedForward()))
@@ -14,7 +14,7 @@ a value too (`reelflow.nn.patterns`), and what changes from layer to layer is sa
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.nn.attention import HeadNorm, attend, split_heads
+from reelflow.nn.attention import QKNorm, attend, build_qk_norm, normed_heads, split_heads
 from reelflow.nn.mlp import Activation, Mlp, activate, inner_width
-from reelflow.nn.modulation import Modulation, gated, modulate, spread
+from reelflow.nn.modulation import Modulation, Table, gated, modulate, spread
+from reelflow.nn.norm import Norm, build_norm
 from reelflow.nn.patchify import Grid
 from reelflow.nn.patterns import Full, Gated, Pattern, attend_pattern
 from reelflow.nn.qk import queries_keys_values
@@ -36,14 +37,20 @@ __all__ = [
     "Branches",
     "BranchesBlock",
     "Cross",
+    "CrossAttention",
     "Dual",
     "DualBlock",
+    "DualStream",
     "FeedForward",
     "Gate",
     "Layer",
+    "ReadStream",
+    "SelfAttention",
     "Single",
     "SingleBlock",
     "Streams",
+    "TiedStream",
+    "Widths",
     "build_block",
     "gate_values",
 ]
@@ -61,9 +68,23 @@ class Dual:
     mlp_ratio: float = 4.0
     attend: Pattern = Full()
     context_out: bool = True
+    norm: Norm = Norm()
+    post: Norm | None = None  # of a branch's result, before its gate
+    qk_norm: QKNorm | None = QKNorm()
+    shift: bool = True  # without: a branch is scaled and gated only
+    gate: Literal["linear", "tanh"] = "linear"
+    qkv_bias: bool = True
+    mlp_bias: bool = True
+    tied: bool = False  # both streams have the same weights, but for their modulation
+    again: Pattern | None = None  # a second attention, among the video's tokens, of the same normalised input
+    idle_query: bool = False  # a context that is only read has queries that nobody asks, as in published weights
 
     def __post_init__(self) -> None:
         _check_ratio("mlp_ratio", self.mlp_ratio)
+        if self.tied and not self.context_out:
+            raise ConfigError("tied streams share all their weights; context_out=False would drop some of one of them")
+        if self.idle_query and self.context_out:
+            raise ConfigError("idle_query is for a context that is only read; set context_out=False, or leave it out")
 
 
 @configuration
@@ -73,33 +94,39 @@ class Single:
     kind: Literal["single"] = "single"
     mlp_ratio: float = 4.0
     attend: Pattern = Full()
+    norm: Norm = Norm()
+    qk_norm: QKNorm | None = QKNorm()
 
     def __post_init__(self) -> None:
         _check_ratio("mlp_ratio", self.mlp_ratio)
 
 
-Norm = Literal["adaptive", "plain"]
-"""What goes before a branch, and after it.
-
-    adaptive   layer norm, then shift and scale; the branch's result is gated; all three are the vector's (AdaLN-zero)
-    plain      layer norm with its own weights; the result is added as it is, and the last matrix begins at zero
-"""
-
-
 @configuration
 class Attend:
-    """A branch of attention among the video's tokens."""
+    """A branch of attention among the video's tokens.
+
+    An `adaptive` branch is shifted and scaled after its norm, and its result gated, by the vector (AdaLN-zero). The result
+    of any other is added as it is, and its last matrix begins at zero.
+    """
 
     pattern: Pattern = Full()
-    norm: Norm = "adaptive"
+    norm: Norm | None = Norm()
+    adaptive: bool = True
+    qk_norm: QKNorm | None = QKNorm()
     kind: Literal["attend"] = "attend"
 
 
 @configuration
 class Cross:
-    """A branch of attention from the video's tokens to the context's, which it does not change."""
+    """A branch of attention from the video's tokens to the context's, which it does not change.
 
-    norm: Norm = "plain"
+    With `image` they also attend to the tokens of a picture, apart from the context's, and the two results are summed.
+    """
+
+    norm: Norm | None = Norm(affine=True)
+    adaptive: bool = False
+    qk_norm: QKNorm | None = QKNorm()
+    image: bool = False
     kind: Literal["cross"] = "cross"
 
 
@@ -108,7 +135,8 @@ class FeedForward:
     """A branch of an MLP, `ratio` times as wide as the stream."""
 
     ratio: float = 4.0
-    norm: Norm = "adaptive"
+    norm: Norm | None = Norm()
+    adaptive: bool = True
     kind: Literal["feed_forward"] = "feed_forward"
 
     def __post_init__(self) -> None:
@@ -129,6 +157,11 @@ class Branches:
         if not self.branches:
             raise ConfigError("a block without branches does nothing; for example Branches((Attend(), FeedForward()))")
 
+    @property
+    def num_chunks(self) -> int:
+        """How many vectors modulate the block: shift, scale and gate of each adaptive branch."""
+        return 3 * sum(branch.adaptive for branch in self.branches)
+
 
 Layer = Dual | Single | Branches
 
@@ -136,6 +169,18 @@ Layer = Dual | Single | Branches
 def _check_ratio(name: str, ratio: float) -> None:
     if ratio <= 0:
         raise ConfigError(f"{name} must be above 0, got {ratio}; 4 is usual")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What all blocks of a model agree on."""
+
+    dim: int
+    num_heads: int
+    vector: int
+    context: int
+    activation: Activation
+    shared: bool = False  # the vector is every block's chunks already, to which each adds a table
 
 
 @dataclass(frozen=True)
@@ -151,9 +196,10 @@ class Streams:
     context: Float[Tensor, "B L C"]
     vector: Float[Tensor, "B groups V"]
     context_vector: Float[Tensor, "B 1 V"]
-    rope: Rope
+    rope: Rope | None
     mask: Bool[Tensor, "B 1 1 L+N"] | None
     grid: Grid
+    image: Float[Tensor, "B P D"] | None = None
 
 
 class Gate(nn.Module):
@@ -198,120 +244,162 @@ def _alpha(gate: Gate | None, x: Tensor) -> Tensor | None:
 
 
 class Projection(nn.Module):
-    """Queries, keys and values of one stream, normalised per head; `dim` is the width of each of the three."""
+    """Queries, keys and values of one stream, normalised; `dim` is the width of each of the three."""
 
-    def __init__(self, dim: int, num_heads: int, *, in_dim: int | None = None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, norm: QKNorm | None, *, in_dim: int | None = None, bias: bool = True
+    ) -> None:
         super().__init__()
-        self.qkv = nn.Linear(in_dim or dim, 3 * dim)
-        self.norm_q, self.norm_k = (HeadNorm(dim // num_heads, eps=1e-6) for _ in range(2))
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(in_dim or dim, 3 * dim, bias=bias)
+        self.norm_q, self.norm_k = (build_qk_norm(norm, dim, num_heads) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "B M I"], rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Positions belong to the last tokens of x; context before them has none."""
-        return queries_keys_values(self.qkv(x), self.norm_q, self.norm_k, rope)
+        return queries_keys_values(self.qkv(x), self.norm_q, self.norm_k, rope, self.num_heads)
 
 
 class Read(nn.Module):
-    """Keys and values of a stream that asks nothing, normalised per head; `dim` is the width of each of the two."""
+    """Keys and values of a stream that asks nothing, keys normalised; `dim` is the width of each of the two."""
 
-    def __init__(self, dim: int, num_heads: int, *, in_dim: int) -> None:
+    def __init__(self, dim: int, num_heads: int, norm: QKNorm | None, *, in_dim: int, bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.kv = nn.Linear(in_dim, 2 * dim)
-        self.norm_k = HeadNorm(dim // num_heads, eps=1e-6)
+        self.kv = nn.Linear(in_dim, 2 * dim, bias=bias)
+        self.norm_k = build_qk_norm(norm, dim, num_heads)
 
     def forward(self, x: Float[Tensor, "B L I"]) -> tuple[Tensor, Tensor]:
-        k, v = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1))
-        return self.norm_k(k), v
+        k, v = self.kv(x).chunk(2, dim=-1)
+        return normed_heads(k, self.norm_k, self.num_heads), split_heads(v, self.num_heads)
+
+
+class _Chunks(NamedTuple):
+    """What modulates one branch."""
+
+    shift: Float[Tensor, "B groups D"] | None
+    scale: Float[Tensor, "B groups D"]
+    gate: Float[Tensor, "B groups D"]
 
 
 class DualStream(nn.Module):
     """One stream's half of a `DualBlock`: everything but the attention itself.
 
-    The stream may be narrower than the attention, whose queries, keys and values are `attention_dim` wide.
+    The stream may be narrower than the attention, whose queries, keys and values are as wide as the video's.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        vector_dim: int,
-        mlp_ratio: float,
-        activation: Activation,
-        *,
-        attention_dim: int,
-    ) -> None:
+    def __init__(self, spec: Dual, dim: int, widths: Widths, *, branches: int = 2) -> None:
         super().__init__()
-        self.modulation = Modulation(vector_dim, dim, 6)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.project = Projection(attention_dim, num_heads, in_dim=dim)
-        self.out = nn.Linear(attention_dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, round(mlp_ratio * dim), activation=activation)
+        self.modulation = Modulation(widths.vector, dim, branches * (2 + spec.shift))
+        self.norm1, self.norm2 = (build_norm(spec.norm, dim) for _ in range(2))
+        self.project = Projection(widths.dim, widths.num_heads, spec.qk_norm, in_dim=dim, bias=spec.qkv_bias)
+        self.out = nn.Linear(widths.dim, dim)
+        self.mlp = Mlp(dim, round(spec.mlp_ratio * dim), activation=widths.activation, bias=spec.mlp_bias)
+        self.post1, self.post2 = (build_norm(spec.post, dim) for _ in range(2))
 
-    def finish(self, x: Tensor, attention: Tensor, gate: Tensor, mlp: tuple[Tensor, ...]) -> Tensor:
-        """Add the attention's branch, then the MLP's."""
-        x = gated(x, gate, self.out(attention))
-        shift, scale, mlp_gate = mlp
-        return gated(x, mlp_gate, self.mlp(modulate(self.norm2(x), shift, scale)))
+    def add_attention(self, x: Tensor, attention: Tensor, chunks: _Chunks) -> Tensor:
+        return gated(x, chunks.gate, self.post1(self.out(attention)))
+
+    def add_mlp(self, x: Tensor, chunks: _Chunks) -> Tensor:
+        return gated(x, chunks.gate, self.post2(self.mlp(modulate(self.norm2(x), chunks.shift, chunks.scale))))
 
 
 class ReadStream(nn.Module):
     """What is left of a `DualStream` that is read only."""
 
-    def __init__(self, dim: int, num_heads: int, vector_dim: int, *, attention_dim: int) -> None:
+    def __init__(self, spec: Dual, dim: int, widths: Widths) -> None:
         super().__init__()
-        self.modulation = Modulation(vector_dim, dim, 2)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.project = Read(attention_dim, num_heads, in_dim=dim)
+        self.modulation = Modulation(widths.vector, dim, 1 + spec.shift)
+        self.norm1 = build_norm(spec.norm, dim)
+        self.project = Read(widths.dim, widths.num_heads, spec.qk_norm, in_dim=dim, bias=spec.qkv_bias)
+        self.idle = Idle(spec, dim, widths) if spec.idle_query else None
+
+    def keys_values(self, x: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+        *shift, scale = self.modulation(vector)
+        return self.project(modulate(self.norm1(x), shift[0] if shift else None, scale))
+
+
+class Idle(nn.Module):
+    """Queries that nobody asks: weights that published checkpoints hold, kept so that they can be written again."""
+
+    def __init__(self, spec: Dual, dim: int, widths: Widths) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, widths.dim, bias=spec.qkv_bias)
+        self.norm_q = build_qk_norm(spec.qk_norm, widths.dim, widths.num_heads)
+
+
+class TiedStream(nn.Module):
+    """What is left of a `DualStream` that has the other's weights."""
+
+    def __init__(self, spec: Dual, dim: int, widths: Widths) -> None:
+        super().__init__()
+        self.modulation = Modulation(widths.vector, dim, 2 * (2 + spec.shift))
 
 
 class DualBlock(nn.Module):
     """Two streams with their own weights, and perhaps widths, that attend jointly."""
 
-    def __init__(
-        self, spec: Dual, dim: int, num_heads: int, vector_dim: int, activation: Activation, context_width: int
-    ) -> None:
+    def __init__(self, spec: Dual, widths: Widths) -> None:
         super().__init__()
-        self.pattern = spec.attend
-        self.video = DualStream(dim, num_heads, vector_dim, spec.mlp_ratio, activation, attention_dim=dim)
-        self.context = (
-            DualStream(context_width, num_heads, vector_dim, spec.mlp_ratio, activation, attention_dim=dim)
-            if spec.context_out
-            else ReadStream(context_width, num_heads, vector_dim, attention_dim=dim)
-        )
-        self.gate = _gate(spec.attend, dim, num_heads)
+        self.spec = spec
+        dim = widths.dim
+        self.video = DualStream(spec, dim, widths, branches=2 + (spec.again is not None))
+        if not spec.context_out:
+            self.context: DualStream | ReadStream | TiedStream = ReadStream(spec, widths.context, widths)
+        elif spec.tied:
+            self.context = TiedStream(spec, dim, widths)
+        else:
+            self.context = DualStream(spec, widths.context, widths)
+        self.again = None if spec.again is None else SelfAttention(spec.again, spec.qk_norm, widths)
+        self.gate = _gate(spec.attend, dim, widths.num_heads)
 
     def forward(self, s: Streams) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L C"]]:
-        shift, scale, gate, *mlp = self.video.modulation(s.vector)
-        c_shift, c_scale, *c_rest = self.context.modulation(s.context_vector)
-        x = modulate(self.video.norm1(s.video), shift, scale)
+        own, mlp, *again = self._chunks(self.video.modulation, s.vector)
+        normed = self.video.norm1(s.video)
+        x = modulate(normed, own.shift, own.scale)
         q, k, v = self.video.project(x, s.rope)
-        *cq, ck, cv = self.context.project(modulate(self.context.norm1(s.context), c_shift, c_scale))
-
-        q, k, v = (torch.cat(parts, dim=2) for parts in ([*cq, q], [ck, k], [cv, v]))
-        joint = attend_pattern(self.pattern, q, k, v, s.grid, mask=s.mask, alpha=_alpha(self.gate, x))
+        other = self.video if isinstance(self.context, TiedStream) else self.context
+        if isinstance(other, ReadStream):
+            ck, cv = other.keys_values(s.context, s.context_vector)
+        else:
+            c_own, c_mlp = self._chunks(self.context.modulation, s.context_vector)
+            cq, ck, cv = other.project(modulate(other.norm1(s.context), c_own.shift, c_own.scale))
+            q = torch.cat([cq, q], dim=2)
+        k, v = torch.cat([ck, k], dim=2), torch.cat([cv, v], dim=2)
+        joint = attend_pattern(self.spec.attend, q, k, v, s.grid, mask=s.mask, alpha=_alpha(self.gate, x))
         length = joint.shape[1] - s.video.shape[1]  # 0 when the context only is read
-        video = self.video.finish(s.video, joint[:, length:], gate, tuple(mlp))
-        if isinstance(self.context, ReadStream):
+        video = self.video.add_attention(s.video, joint[:, length:], own)
+        if self.again is not None:
+            (chunks,) = again
+            video = gated(video, chunks.gate, self.again(modulate(normed, chunks.shift, chunks.scale), s))
+        video = self.video.add_mlp(video, mlp)
+        if isinstance(other, ReadStream):
             return video, s.context
-        c_gate, *c_mlp = c_rest
-        return video, self.context.finish(s.context, joint[:, :length], c_gate, tuple(c_mlp))
+        return video, other.add_mlp(other.add_attention(s.context, joint[:, :length], c_own), c_mlp)
+
+    def _chunks(self, modulation: Modulation, vector: Tensor) -> list[_Chunks]:
+        """Return what modulates attention, MLP and, where there is one, the second attention."""
+        chunks, found = iter(modulation(vector)), []
+        for first in chunks:
+            shift, scale = (first, next(chunks)) if self.spec.shift else (None, first)
+            gate = next(chunks)
+            found.append(_Chunks(shift, scale, gate.tanh() if self.spec.gate == "tanh" else gate))
+        return found
 
 
 class SingleBlock(nn.Module):
     """One stream: attention and MLP read the same normalised tokens and leave through one linear map."""
 
-    def __init__(self, spec: Single, dim: int, num_heads: int, vector_dim: int, activation: Activation) -> None:
+    def __init__(self, spec: Single, widths: Widths) -> None:
         super().__init__()
-        hidden = round(spec.mlp_ratio * dim)
+        dim, hidden = widths.dim, round(spec.mlp_ratio * widths.dim)
         self.pattern = spec.attend
-        self.activation: Activation = activation
-        self.modulation = Modulation(vector_dim, dim, 3)
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.project = Projection(dim, num_heads)
-        self.up = nn.Linear(dim, inner_width(activation, hidden))
+        self.activation: Activation = widths.activation
+        self.modulation = Modulation(widths.vector, dim, 3)
+        self.norm = build_norm(spec.norm, dim)
+        self.project = Projection(dim, widths.num_heads, spec.qk_norm)
+        self.up = nn.Linear(dim, inner_width(widths.activation, hidden))
         self.out = nn.Linear(dim + hidden, dim)
-        self.gate = _gate(spec.attend, dim, num_heads)
+        self.gate = _gate(spec.attend, dim, widths.num_heads)
 
     def forward(self, s: Streams) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
         x, length = torch.cat([s.context, s.video], dim=1), s.context.shape[1]
@@ -338,12 +426,12 @@ class SingleBlock(nn.Module):
 class SelfAttention(nn.Module):
     """The function of an `Attend` branch."""
 
-    def __init__(self, pattern: Pattern, dim: int, num_heads: int) -> None:
+    def __init__(self, pattern: Pattern, qk_norm: QKNorm | None, widths: Widths) -> None:
         super().__init__()
         self.pattern = pattern
-        self.project = Projection(dim, num_heads)
-        self.out = nn.Linear(dim, dim)
-        self.gate = _gate(pattern, dim, num_heads)
+        self.project = Projection(widths.dim, widths.num_heads, qk_norm)
+        self.out = nn.Linear(widths.dim, widths.dim)
+        self.gate = _gate(pattern, widths.dim, widths.num_heads)
 
     def forward(self, x: Float[Tensor, "B N D"], s: Streams) -> Float[Tensor, "B N D"]:
         q, k, v = self.project(x, s.rope)
@@ -353,34 +441,38 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """The function of a `Cross` branch. A clip without context tokens reads nothing, and adds the last bias."""
 
-    def __init__(self, dim: int, num_heads: int, context_width: int) -> None:
+    def __init__(self, spec: Cross, widths: Widths) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        dim, self.num_heads = widths.dim, widths.num_heads
         self.query = nn.Linear(dim, dim)
-        self.norm_q = HeadNorm(dim // num_heads, eps=1e-6)
-        self.read = Read(dim, num_heads, in_dim=context_width)
+        self.norm_q = build_qk_norm(spec.qk_norm, dim, self.num_heads)
+        self.read = Read(dim, self.num_heads, spec.qk_norm, in_dim=widths.context)
+        self.image = Read(dim, self.num_heads, spec.qk_norm, in_dim=dim) if spec.image else None
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "B N D"], s: Streams) -> Float[Tensor, "B N D"]:
-        q = self.norm_q(split_heads(self.query(x), self.num_heads))
-        k, v = self.read(s.context)
-        return self.out(attend(q, k, v, mask=None if s.mask is None else s.mask[..., : s.context.shape[1]]))
+        q = normed_heads(self.query(x), self.norm_q, self.num_heads)
+        mask = None if s.mask is None else s.mask[..., : s.context.shape[1]]
+        found = attend(q, *self.read(s.context), mask=mask)
+        if self.image is not None and s.image is not None:
+            found = found + attend(q, *self.image(s.image))
+        return self.out(found)
 
 
 class Residual(nn.Module):
     """One branch with what goes before and after it."""
 
-    def __init__(self, spec: Branch, dim: int, num_heads: int, activation: Activation, context_width: int) -> None:
+    def __init__(self, spec: Branch, widths: Widths) -> None:
         super().__init__()
-        self.adaptive = spec.norm == "adaptive"
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=not self.adaptive)
+        self.adaptive = spec.adaptive
+        self.norm = build_norm(spec.norm, widths.dim)
         self.function: SelfAttention | CrossAttention | Mlp
         if isinstance(spec, Attend):
-            self.function = SelfAttention(spec.pattern, dim, num_heads)
+            self.function = SelfAttention(spec.pattern, spec.qk_norm, widths)
         elif isinstance(spec, Cross):
-            self.function = CrossAttention(dim, num_heads, context_width)
+            self.function = CrossAttention(spec, widths)
         else:
-            self.function = Mlp(dim, round(spec.ratio * dim), activation=activation)
+            self.function = Mlp(widths.dim, round(spec.ratio * widths.dim), activation=widths.activation)
         if not self.adaptive:
             last = self.function.down if isinstance(self.function, Mlp) else self.function.out
             nn.init.zeros_(last.weight)
@@ -402,19 +494,19 @@ class Residual(nn.Module):
 class BranchesBlock(nn.Module):
     """Residual branches on the video stream, one after the other; the context is at most read.
 
-    One map gives the shifts, scales and gates of all adaptive branches, three chunks each in their order. (To share it
-    between blocks, and add a table in each, is to replace this one module.)
+    One map, or a table added to chunks that all blocks share, gives the shifts, scales and gates of all adaptive
+    branches, three chunks each in their order.
     """
 
-    def __init__(
-        self, spec: Branches, dim: int, num_heads: int, vector_dim: int, activation: Activation, context_width: int
-    ) -> None:
+    def __init__(self, spec: Branches, widths: Widths) -> None:
         super().__init__()
-        adaptive = sum(branch.norm == "adaptive" for branch in spec.branches)
-        self.modulation = Modulation(vector_dim, dim, 3 * adaptive) if adaptive else None
-        self.branches = nn.ModuleList(
-            Residual(branch, dim, num_heads, activation, context_width) for branch in spec.branches
-        )
+        chunks = spec.num_chunks
+        self.modulation: Table | Modulation | None = None
+        if chunks:
+            self.modulation = (
+                Table(widths.dim, chunks) if widths.shared else Modulation(widths.vector, widths.dim, chunks)
+            )
+        self.branches = nn.ModuleList(Residual(branch, widths) for branch in spec.branches)
 
     def forward(self, s: Streams) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L C"]]:
         modulation = iter(() if self.modulation is None else self.modulation(s.vector))
@@ -424,19 +516,10 @@ class BranchesBlock(nn.Module):
         return x, s.context
 
 
-def build_block(
-    spec: Layer,
-    dim: int,
-    num_heads: int,
-    vector_dim: int,
-    activation: Activation,
-    *,
-    context_width: int | None = None,
-) -> DualBlock | SingleBlock | BranchesBlock:
-    """Return the module of a layer's specification; the context stream is as wide as the video's unless said."""
-    width = dim if context_width is None else context_width
+def build_block(spec: Layer, widths: Widths) -> DualBlock | SingleBlock | BranchesBlock:
+    """Return the module of a layer's specification."""
     if isinstance(spec, Dual):
-        return DualBlock(spec, dim, num_heads, vector_dim, activation, width)
+        return DualBlock(spec, widths)
     if isinstance(spec, Branches):
-        return BranchesBlock(spec, dim, num_heads, vector_dim, activation, width)
-    return SingleBlock(spec, dim, num_heads, vector_dim, activation)
+        return BranchesBlock(spec, widths)
+    return SingleBlock(spec, widths)

@@ -1,7 +1,7 @@
 """The four doors by which anything that is not the clip reaches the network.
 
-    context    tokens to attend to             text, reference images, identity
-    vector     added to the time embedding     pooled text, fps, class
+    context    tokens to attend to             text, reference images, identity; `image` is a second such door
+    vector     added to the time embedding     pooled text, class; and as `numbers`, frames per second, guidance
     channels   beside the latents              masks, reference latents, depth
     residual   added to the tokens             pose, trajectory, control branches
 
@@ -29,7 +29,9 @@ class Condition:
     context: Float[Tensor, "B L F"] | None = None
     context_mask: Bool[Tensor, "B L"] | None = None
     vector: Float[Tensor, "B V"] | None = None
+    numbers: Float[Tensor, "B M"] | None = None
     label: Int[Tensor, " B"] | None = None
+    image: Float[Tensor, "B P G"] | None = None
     channels: Float[Tensor, "B C T H W"] | None = None
     residual: Float[Tensor, "B N D"] | None = None
 
@@ -37,16 +39,19 @@ class Condition:
         """Use both: contexts and channels side by side, vectors and residuals summed.
 
         Raises:
-            ConfigError: both name a class label.
+            ConfigError: both name a class label, or give numbers.
         """
-        if self.label is not None and other.label is not None:
-            raise ConfigError("two conditions name a class label; keep one")
+        for name, what in (("label", "name a class label"), ("numbers", "give numbers")):
+            if getattr(self, name) is not None and getattr(other, name) is not None:
+                raise ConfigError(f"two conditions {what}; keep one")
         masked = self.context_mask is not None or other.context_mask is not None
         return Condition(
             context=_join(self.context, other.context, dim=1),
             context_mask=_join(self._mask(), other._mask(), dim=1) if masked else None,
             vector=_sum(self.vector, other.vector),
+            numbers=self.numbers if other.numbers is None else other.numbers,
             label=self.label if other.label is None else other.label,
+            image=_join(self.image, other.image, dim=1),
             channels=_join(self.channels, other.channels, dim=1),
             residual=_sum(self.residual, other.residual),
         )

@@ -1,8 +1,9 @@
 """The video transformer: embed the latents' patches, walk a list of blocks, read out a prediction.
 
-    tokens  = linear(patches of latents [+ channels door] [+ stem]) [+ sin-cos positions] [+ residual door]
-    context = linear(context door)
-    vector  = embed(t) [+ embed(vector door)] [+ class row]          one per clip, per frame or per token
+    tokens  = linear(patches of latents [+ channels door] [+ stem]) [+ positions] [+ residual door]
+    context = layers or refiner(context door)
+    vector  = embed(t) [+ embed(vector door)] [+ embed(numbers)] [+ class row] [+ pool(context door)]
+                                                                       one per clip, per frame or per token
     tokens  = blocks(tokens, context, vector, rotary positions)
     output  = unpatchify(linear(modulate(norm(tokens))))
 
@@ -14,16 +15,19 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.models.blocks import Branches, Cross, Layer, Single, Streams, build_block
+from reelflow.models.blocks import Branches, Cross, Layer, Single, Streams, Widths, build_block
 from reelflow.models.condition import Condition
-from reelflow.nn.embed import Learned, LearnedPositions, SinCos, TimeEmbedding, VectorEmbedding, grid_sinusoid
+from reelflow.models.context import ContextLayers, Layers, Pool, Refine, build_context
+from reelflow.nn.embed import Learned, LearnedPositions, Number, NumberEmbedding, SinCos, VectorEmbedding
 from reelflow.nn.mlp import Activation
-from reelflow.nn.modulation import Modulation, modulate
+from reelflow.nn.modulation import Modulation, Table, modulate
+from reelflow.nn.norm import Norm, build_norm
 from reelflow.nn.patchify import Grid, Patch, patchify, token_grid, unpatchify
 from reelflow.nn.rope import (
     Coordinates,
@@ -33,7 +37,7 @@ from reelflow.nn.rope import (
     Stretch,
     axial_frequencies,
     check_axes,
-    grid_positions,
+    full_width_frequencies,
     mixed_rope_table,
     rope_table,
     token_positions,
@@ -56,28 +60,41 @@ class DiTConfig:
     num_heads: int
     layers: tuple[Layer, ...]
     patch: Patch = Patch(1, 2, 2)
-    rope: tuple[int, int, int] = (16, 24, 24)  # head channels turned by t, h, w
-    absolute: Literal["none", "sincos"] | SinCos | Learned = (
-        "none"  # positions added to the tokens, beside the rotary ones
-    )
-    theta: float = 10_000.0  # base of rotary and absolute frequencies; about 100 suits grids of a few tokens a side
+    rope: tuple[int, int, int] | Literal["none", "width"] = (
+        16,
+        24,
+        24,
+    )  # head channels turned by t, h, w; "width": all
+    absolute: tuple[SinCos | Learned, ...] = ()  # positions added to the tokens, beside the rotary ones
+    theta: float = 10_000.0  # base of rotary frequencies; about 100 suits grids of a few tokens a side
     coordinates: Coordinates = Steps()  # where tokens stand, for the rotary positions
     frequencies: Literal["fixed", "learned"] = "fixed"  # learned: per head, each pair mixes t, h and w
     extension: Extension | None = None  # for axes longer than `trained`
     trained: tuple[float, float, float] | None = None  # lengths of t, h, w in training, in units of position
     activation: Activation = "gelu_tanh"
+    modulation: Literal["own", "shared"] = "own"  # a map of the vector in each block, or one for all and tables in each
+    time: Number = Number()  # how t becomes a vector
+    vector_width: int = 0  # of the vector of time and the rest; 0: dim
     stem: int = 0  # channels of a 3 x 3 x 3 convolution set beside the latents, so that patches know their neighbours
-    context_dim: int = 0  # width of the context door's features; 0 closes it
+    context: Layers | Refine | None = None  # context door
     context_width: int = 0  # width of the context stream inside; 0: dim
+    pool: int = 0  # heads of attention that makes one vector of the context; 0: none is made
+    image: Layers | None = None  # image door
     vector_dim: int = 0  # width of the vector door's features; 0 closes it
+    numbers: tuple[Number, ...] = ()  # numbers door
     extra_channels: int = 0  # channels door
     num_classes: int = 0  # rows of the class table, to which one more is added for "no class"
+    last_norm: Norm | None = None  # of the tokens after the last block
+    out_norm: Norm = Norm()  # of the tokens before the readout's shift and scale
+    out_groups: Literal["own", "first"] = (
+        "own"  # whose time the readout goes by: each token's own, or the noisiest one's
+    )
     out_channels: int = 0  # of the prediction; 0: in_channels (twice as many carry a learned variance)
 
     def __post_init__(self) -> None:
-        for name in ("stem", "extra_channels", "out_channels", "context_width"):
+        for name in ("stem", "extra_channels", "out_channels", "context_width", "vector_width", "pool"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{name} counts channels, got {getattr(self, name)}; nearest: 0")
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}; nearest: 0")
         if self.in_channels < 1 or min(self.patch) < 1:
             raise ConfigError(
                 f"in_channels and patch must be at least 1, got {self.in_channels} and {tuple(self.patch)}"
@@ -87,26 +104,56 @@ class DiTConfig:
             raise ConfigError(
                 f"dim must be a multiple of num_heads ({self.num_heads}), got {self.dim}; nearest: {near}"
             )
-        check_axes(self.rope, self.dim // self.num_heads)
-        if isinstance(self.absolute, SinCos) and self.absolute.split is not None:
-            check_axes(self.absolute.split, self.dim, parts="sin-cos parts", whole="width")
+        if not isinstance(self.rope, str):
+            check_axes(self.rope, self.dim // self.num_heads)
+        elif self.frequencies == "learned" or self.extension is not None:
+            raise ConfigError(f"learned frequencies and extensions need a split of the head, got rope={self.rope!r}")
+        for absolute in self.absolute:
+            if isinstance(absolute, SinCos) and absolute.split is not None:
+                check_axes(absolute.split, self.dim, parts="sin-cos parts", whole="width")
         if (self.extension is None) != (self.trained is None) or (self.extension and self.frequencies == "learned"):
             raise ConfigError(
                 "an extension needs the trained lengths, and fixed frequencies; got "
                 f"extension={self.extension}, trained={self.trained}, frequencies={self.frequencies!r}"
             )
+        if self.pool and self.context is not None and self.context.in_dim % self.pool:
+            raise ConfigError(
+                f"{self.pool} heads do not cut the context's {self.context.in_dim} channels into even parts"
+            )
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, Single) and self.context_width not in (0, self.dim):
+            self._check_layer(f"layers[{index}]", layer)
+        if self.modulation == "shared" and self.vector_width not in (0, self.dim):
+            raise ConfigError(f"shared modulation reads a vector as wide as the tokens, got {self.vector_width}")
+
+    def _check_layer(self, name: str, layer: Layer) -> None:
+        if isinstance(layer, Single) and self.context_width not in (0, self.dim):
+            raise ConfigError(
+                f"{name} is a Single, which joins streams of one width; got dim={self.dim} and "
+                f"context_width={self.context_width}; nearest: context_width=0"
+            )
+        branches = layer.branches if isinstance(layer, Branches) else ()
+        for branch in branches:
+            if isinstance(branch, Cross) and self.context is None:
+                raise ConfigError(f"{name} attends to a context, but there is no context door; set context")
+            if isinstance(branch, Cross) and branch.image and self.image is None:
+                raise ConfigError(f"{name} attends to a picture, but there is no image door; set image")
+        if self.modulation == "shared":
+            chunks = layer.num_chunks if isinstance(layer, Branches) else None
+            if not chunks or chunks != self.num_chunks:
                 raise ConfigError(
-                    f"layers[{index}] is a Single, which joins streams of one width; got dim={self.dim} and "
-                    f"context_width={self.context_width}; nearest: context_width=0"
+                    f"shared modulation needs Branches with as many adaptive branches each; {name} is {layer}"
                 )
-            if isinstance(layer, Branches) and not self.context_dim:
-                for branch in layer.branches:
-                    if isinstance(branch, Cross):
-                        raise ConfigError(
-                            f"layers[{index}] attends to a context, but context_dim is 0; set it to the features' width"
-                        )
+
+    @property
+    def num_chunks(self) -> int:
+        """How many vectors modulate the first block, and with shared modulation every block."""
+        first = self.layers[0] if self.layers else None
+        return first.num_chunks if isinstance(first, Branches) else 0
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the context door's features; 0 if it is closed."""
+        return 0 if self.context is None else self.context.in_dim
 
 
 class VideoDiT(nn.Module):
@@ -117,22 +164,32 @@ class VideoDiT(nn.Module):
         self.config = config
         dim, cells = config.dim, config.patch.t * config.patch.h * config.patch.w
         channels = config.in_channels + config.extra_channels
+        width, context_width = config.vector_width or dim, config.context_width or dim
         self.stem = nn.Conv3d(channels, config.stem, 3, padding=1) if config.stem else None
         self.embed = nn.Linear((channels + config.stem) * cells, dim)
-        self.table = LearnedPositions(config.absolute, dim) if isinstance(config.absolute, Learned) else None
-        start = axial_frequencies(config.rope, theta=config.theta).float()[:, None].repeat(1, config.num_heads, 1)
-        self.frequencies = nn.Parameter(start) if config.frequencies == "learned" else None
-        self.time = TimeEmbedding(dim)
-        self.vector = VectorEmbedding(config.vector_dim, dim) if config.vector_dim else None
-        self.classes = nn.Embedding(config.num_classes + 1, dim) if config.num_classes else None
-        width = config.context_width or dim
-        self.context = nn.Linear(config.context_dim, width) if config.context_dim else None
-        self.blocks = nn.ModuleList(
-            build_block(layer, dim, config.num_heads, dim, config.activation, context_width=width)
-            for layer in config.layers
+        self.tables = nn.ModuleList(LearnedPositions(a, dim) for a in config.absolute if isinstance(a, Learned))
+        self.frequencies = None
+        if config.frequencies == "learned" and not isinstance(config.rope, str):
+            start = axial_frequencies(config.rope, theta=config.theta).float()
+            self.frequencies = nn.Parameter(start[:, None].repeat(1, config.num_heads, 1))
+        self.time = NumberEmbedding(config.time, width)
+        self.vector = VectorEmbedding(config.vector_dim, width) if config.vector_dim else None
+        self.numbers = nn.ModuleList(NumberEmbedding(number, width) for number in config.numbers)
+        self.classes = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.context = (
+            None
+            if config.context is None
+            else build_context(config.context, context_width, config.num_heads, config.time)
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.modulation = Modulation(dim, dim, 2)
+        self.pool = Pool(config.context_dim, config.pool, width) if config.pool else None
+        self.image = None if config.image is None else ContextLayers(config.image, dim)
+        shared = config.modulation == "shared"
+        self.shared = Modulation(width, dim, config.num_chunks) if shared else None
+        widths = Widths(dim, config.num_heads, width, context_width, config.activation, shared=shared)
+        self.blocks = nn.ModuleList(build_block(layer, widths) for layer in config.layers)
+        self.last_norm = None if config.last_norm is None else build_norm(config.last_norm, dim)
+        self.norm = build_norm(config.out_norm, dim)
+        self.modulation: Table | Modulation = Table(dim, 2) if shared else Modulation(width, dim, 2)
         self.out = nn.Linear(dim, (config.out_channels or config.in_channels) * cells)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -163,40 +220,48 @@ class VideoDiT(nn.Module):
         x = latents if condition.channels is None else torch.cat([latents, condition.channels], dim=1)
         if self.stem is not None:
             x = torch.cat([x, self.stem(x).to(x.dtype)], dim=1)
-        x = self.embed(patchify(x, self.config.patch))
-        absolute = SinCos(max_period=self.config.theta) if self.config.absolute == "sincos" else self.config.absolute
-        if isinstance(absolute, SinCos):
-            waves = grid_sinusoid(
-                grid_positions(*grid, device=x.device),
-                self.config.dim,
-                max_period=absolute.max_period,
-                split=absolute.split,
-                first=absolute.first,
-            )
-            x = x + waves.to(x.dtype)
-        if self.table is not None:
-            x = x + self.table(grid).to(x.dtype)
+        x = self._with_positions(self.embed(patchify(x, self.config.patch)), grid, 0)
         if condition.residual is not None:
             x = x + condition.residual
-        vector = self.time(t) + self._vector(condition)
-        context = self._context(condition, x)
+        vector = self._vector(t, condition)
+        # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
+        single = vector if t.shape[1] == 1 else self._vector(t.amin(1, keepdim=True), condition)
+        rope = self._rope(grid, token_rate, x.device)
         streams = Streams(
             video=x,
-            context=context,
-            vector=vector,
-            # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
-            context_vector=vector if t.shape[1] == 1 else self.time(t.amin(1, keepdim=True)) + self._vector(condition),
-            rope=self._rope(grid, token_rate, x.device).to(torch.promote_types(x.dtype, torch.float32)),
+            context=self._context(condition, x, t),
+            vector=self._chunks(vector),
+            context_vector=self._chunks(single),
+            rope=None if rope is None else rope.to(torch.promote_types(x.dtype, torch.float32)),
             mask=self._mask(condition, grid),
             grid=grid,
+            image=None if self.image is None else self.image(condition.image, None, t).to(x.dtype),
         )
         for index, block in enumerate(self.blocks):
+            if index:
+                streams = replace(streams, video=self._with_positions(streams.video, grid, index))
             if index in skip:
                 continue
             video, context = block(streams)
             streams = replace(streams, video=video, context=context)
-        shift, scale = self.modulation(vector)
-        return unpatchify(self.out(modulate(self.norm(streams.video), shift, scale)), grid, self.config.patch)
+        x = streams.video if self.last_norm is None else self.last_norm(streams.video)
+        shift, scale = self.modulation(vector if self.config.out_groups == "own" else single)
+        return unpatchify(self.out(modulate(self.norm(x), shift, scale)), grid, self.config.patch)
+
+    def _with_positions(self, x: Float[Tensor, "B N D"], grid: Grid, block: int) -> Float[Tensor, "B N D"]:
+        """Add the positions that are added before a block."""
+        tables = iter(self.tables)
+        for absolute in self.config.absolute:
+            if isinstance(absolute, Learned):
+                table = next(tables)
+                x = x + table(grid).to(x.dtype) if block == 0 else x
+            elif absolute.before == block:
+                x = x + absolute.vectors(grid, self.config.dim, x.device).to(x.dtype)
+        return x
+
+    def _chunks(self, vector: Float[Tensor, "B groups V"]) -> Float[Tensor, "B groups width"]:
+        """Return what blocks are given of the vector: itself, or the chunks that all share."""
+        return vector if self.shared is None else self.shared.linear(F.silu(vector))
 
     def _check(self, latents: Tensor, t: Tensor, grid: Grid, condition: Condition) -> Float[Tensor, "B groups"]:
         if latents.shape[1] != self.config.in_channels:
@@ -211,7 +276,9 @@ class VideoDiT(nn.Module):
             raise ConfigError(f"the model reads {self.config.extra_channels} channels beside the latents, got {extra}")
         for name, given, width in (
             ("context", condition.context, self.config.context_dim),
+            ("image", condition.image, 0 if self.config.image is None else self.config.image.in_dim),
             ("vector", condition.vector, self.config.vector_dim),
+            ("numbers", condition.numbers, len(self.config.numbers)),
             ("label", condition.label, self.config.num_classes),
         ):
             if (given is not None) != bool(width):
@@ -220,9 +287,14 @@ class VideoDiT(nn.Module):
                 raise ConfigError(f"the model reads condition.{name} of width {width}, got {given.shape[-1]}")
         return t if t.ndim == 2 else t[:, None]
 
-    def _rope(self, grid: Grid, token_rate: float | Tensor | None, device: torch.device) -> Rope:
+    def _rope(self, grid: Grid, token_rate: float | Tensor | None, device: torch.device) -> Rope | None:
         config = self.config
+        if config.rope == "none":
+            return None
         positions = token_positions(config.coordinates, grid, token_rate=token_rate, device=device)
+        if isinstance(config.rope, str):
+            turns = full_width_frequencies(config.dim, config.num_heads, theta=config.theta, device=device)
+            return mixed_rope_table(positions, turns)
         if self.frequencies is not None:
             return mixed_rope_table(positions, self.frequencies)
         stretch: list[Stretch | None] = []
@@ -235,18 +307,27 @@ class VideoDiT(nn.Module):
             ]
         return rope_table(positions, config.rope, theta=config.theta, stretch=stretch)
 
-    def _vector(self, condition: Condition) -> Float[Tensor, "B 1 D"] | float:
-        total: Tensor | float = 0.0
+    def _vector(self, t: Float[Tensor, "B groups"], condition: Condition) -> Float[Tensor, "B groups V"]:
+        total = self.time(t)
         if self.vector is not None and condition.vector is not None:
             total = total + self.vector(condition.vector)[:, None]
+        if condition.numbers is not None:
+            for config, embed, number in zip(
+                self.config.numbers, self.numbers, condition.numbers.unbind(1), strict=True
+            ):
+                part = embed(number[:, None])
+                # Tokens at t = 1 are given, not made: a number may be none of their business.
+                total = total + (part if config.clean else part * (t < 1).to(part.dtype)[..., None])
         if self.classes is not None and condition.label is not None:
             total = total + self.classes(condition.label)[:, None]
+        if self.pool is not None and condition.context is not None:
+            total = total + self.pool(condition.context, condition.context_mask)[:, None]
         return total
 
-    def _context(self, condition: Condition, x: Tensor) -> Float[Tensor, "B L C"]:
+    def _context(self, condition: Condition, x: Tensor, t: Tensor) -> Float[Tensor, "B L C"]:
         if self.context is None or condition.context is None:
             return x.new_zeros(x.shape[0], 0, self.config.context_width or self.config.dim)
-        return self.context(condition.context).to(x.dtype)
+        return self.context(condition.context, condition.context_mask, t).to(x.dtype)
 
     def _mask(self, condition: Condition, grid: Grid) -> Tensor | None:
         if condition.context_mask is None:

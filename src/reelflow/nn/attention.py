@@ -1,7 +1,9 @@
 """Attention in one call: queries, keys and values in, one tensor out.
 
-Heads are normalised and rotated before they meet (`HeadNorm`, `rope`); which token may see which is a boolean mask.
+Heads are normalised and rotated before they meet (`QKNorm`, `rope`); which token may see which is a boolean mask.
 """
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-__all__ = ["HeadNorm", "attend", "merge_heads", "split_heads"]
+from reelflow.config import configuration
+from reelflow.nn.norm import Norm, RMSNorm, build_norm
+
+__all__ = ["QKNorm", "attend", "build_qk_norm", "merge_heads", "normed_heads", "split_heads"]
 
 SHORT = 1024  # tokens, the side of the largest score matrix that `_attend_short` takes
 
@@ -57,8 +62,24 @@ def merge_heads(x: Float[Tensor, "B heads N d"]) -> Float[Tensor, "B N heads*d"]
     return rearrange(x, "B heads N d -> B N (heads d)")
 
 
-class HeadNorm(nn.RMSNorm):
-    """RMS norm of queries or keys over the channels of each head (qk-norm; Dehghani et al. 2023, sec. 2)."""
+@configuration
+class QKNorm:
+    """Norm of queries and of keys, with weights, over each head or over all of them (Dehghani et al. 2023, sec. 2)."""
 
-    def forward(self, x: Float[Tensor, "B heads N d"]) -> Float[Tensor, "B heads N d"]:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    kind: Literal["layer", "rms"] = "rms"
+    over: Literal["head", "width"] = "head"
+    eps: float = 1e-6
+
+
+def build_qk_norm(norm: QKNorm | None, dim: int, num_heads: int) -> RMSNorm | nn.LayerNorm | nn.Identity:
+    """Return the norm of queries (or keys) of `num_heads` heads, `dim` channels wide together."""
+    if norm is None:
+        return nn.Identity()
+    return build_norm(Norm(norm.kind, norm.eps, affine=True), dim if norm.over == "width" else dim // num_heads)
+
+
+def normed_heads(x: Float[Tensor, "B N D"], norm: nn.Module, num_heads: int) -> Float[Tensor, "B heads N d"]:
+    """Cut the channels into heads, normalised before or after by the extent of `norm` (see `build_qk_norm`)."""
+    if getattr(norm, "normalized_shape", None) == (x.shape[-1],):
+        return split_heads(norm(x), num_heads)
+    return norm(split_heads(x, num_heads))

@@ -11,19 +11,28 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.nn.rope import check_axes
+from reelflow.nn.rope import Coordinates, Steps, check_axes, token_positions
 
-__all__ = ["Learned", "LearnedPositions", "SinCos", "TimeEmbedding", "VectorEmbedding", "grid_sinusoid", "sinusoid"]
+__all__ = [
+    "Learned",
+    "LearnedPositions",
+    "Number",
+    "NumberEmbedding",
+    "SinCos",
+    "VectorEmbedding",
+    "grid_sinusoid",
+    "sinusoid",
+]
 
 Wave = Literal["cos", "sin"]
 
 
 def sinusoid(
-    x: Float[Tensor, "*shape"], dim: int, *, max_period: float = 10_000.0, first: Wave = "cos"
+    x: Float[Tensor, "*shape"], dim: int, *, max_period: float = 10_000.0, first: Wave = "cos", closed: bool = False
 ) -> Float[Tensor, "*shape {dim}"]:
     """Return [cos(x f_k), sin(x f_k)] with f_k = max_period^(-k / (dim / 2)), in float32 at least (Vaswani et al. 2017).
 
-    `first` = "sin" puts the sines first.
+    `first` = "sin" puts the sines first. `closed` spaces the frequencies so that the last one is 1 / max_period.
 
     Raises:
         ConfigError: `dim` is odd.
@@ -32,7 +41,8 @@ def sinusoid(
         raise ConfigError(f"a sinusoid has an even number of channels, got {dim}; nearest: {dim - 1} or {dim + 1}")
     half = dim // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
-    frequencies = torch.exp(torch.arange(half, dtype=dtype, device=x.device) * (-math.log(max_period) / max(half, 1)))
+    step = -math.log(max_period) / max(half - closed, 1)
+    frequencies = torch.exp(torch.arange(half, dtype=dtype, device=x.device) * step)
     angles = x.to(dtype)[..., None] * frequencies
     waves = [angles.cos(), angles.sin()]
     return torch.cat(waves if first == "cos" else waves[::-1], dim=-1)
@@ -49,6 +59,9 @@ class SinCos:
     split: tuple[int, int, int] | None = None  # channels of t, h, w; null gives an even share each
     first: Wave = "cos"
     max_period: float = 10_000.0
+    coordinates: Coordinates = Steps()
+    order: Literal["thw", "twh"] = "thw"  # of the axes' channels
+    before: int = 0  # the block that they are added before
     kind: Literal["sincos"] = "sincos"
 
     def __post_init__(self) -> None:
@@ -56,6 +69,17 @@ class SinCos:
             check_axes(self.split, sum(self.split) // 2 * 2, parts="sin-cos parts", whole="width")
         if not self.max_period > 0:
             raise ConfigError(f"max_period must be positive, got {self.max_period}; 10000 is usual")
+        if self.before < 0:
+            raise ConfigError(f"blocks are counted from 0, got before={self.before}")
+
+    def vectors(self, grid: Sequence[int], dim: int, device: torch.device) -> Float[Tensor, "N D"]:
+        """Return one vector for each token of a (T, H, W) grid, in float64."""
+        positions = token_positions(self.coordinates, grid, device=device)
+        split = self.split
+        if self.order == "twh":
+            positions = positions[:, [0, 2, 1]]
+            split = None if split is None else (split[0], split[2], split[1])
+        return grid_sinusoid(positions, dim, max_period=self.max_period, split=split, first=self.first)
 
 
 def grid_sinusoid(
@@ -160,13 +184,37 @@ class VectorEmbedding(nn.Module):
         return self.down(F.silu(self.up(x)))
 
 
-class TimeEmbedding(nn.Module):
-    """Embed t in [0, 1] by the sinusoid of 1000 t (Peebles & Xie 2023) and a `VectorEmbedding`."""
+@configuration
+class Number:
+    """How a number becomes a vector: the sinusoid of scale * x, or of scale * (1 - x), and a `VectorEmbedding`.
 
-    def __init__(self, dim: int, frequencies: int = 256) -> None:
+    A thousand times t in [0, 1] is usual for times (Peebles & Xie 2023).
+
+    Raises:
+        ConfigError: `channels` is odd or below 2.
+    """
+
+    channels: int = 256  # of the sinusoid
+    scale: float = 1000.0
+    counts: Literal["x", "1 - x"] = "x"
+    closed: bool = False  # the last frequency is 1 / 10000, not a step short of it
+    clean: bool = True  # told to tokens at t = 1 too
+
+    def __post_init__(self) -> None:
+        if self.channels < 2 or self.channels % 2:
+            near = max(2, self.channels // 2 * 2)
+            raise ConfigError(f"a sinusoid has an even number of channels, got {self.channels}; nearest: {near}")
+
+
+class NumberEmbedding(nn.Module):
+    """Embed a number, the time for one, as `Number` says."""
+
+    def __init__(self, config: Number, dim: int) -> None:
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = VectorEmbedding(frequencies, dim)
+        self.config = config
+        self.mlp = VectorEmbedding(config.channels, dim)
 
-    def forward(self, t: Float[Tensor, "B groups"]) -> Float[Tensor, "B groups D"]:
-        return self.mlp(sinusoid(1000 * t, self.frequencies).to(self.mlp.up.weight.dtype))
+    def forward(self, x: Float[Tensor, "B groups"]) -> Float[Tensor, "B groups D"]:
+        config = self.config
+        angle = config.scale * (x if config.counts == "x" else 1 - x)
+        return self.mlp(sinusoid(angle, config.channels, closed=config.closed).to(self.mlp.up.weight.dtype))

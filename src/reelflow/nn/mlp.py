@@ -52,11 +52,11 @@ class _SquaredReLU(torch.autograd.Function):
 class Mlp(nn.Module):
     """Two linear maps around an activation."""
 
-    def __init__(self, dim: int, hidden: int, *, activation: Activation) -> None:
+    def __init__(self, dim: int, hidden: int, *, activation: Activation, bias: bool = True) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.up = nn.Linear(dim, inner_width(activation, hidden))
-        self.down = nn.Linear(hidden, dim)
+        self.up = nn.Linear(dim, inner_width(activation, hidden), bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return self.down(activate(self.up(x), self.activation))

@@ -5,12 +5,14 @@ frame), or one per token. Groups are equal runs of tokens in scan order, so a pe
 its frame. (AdaLN-zero: Peebles & Xie 2023, sec. 3.2.)
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-__all__ = ["Modulation", "gated", "modulate", "spread"]
+__all__ = ["Modulation", "Table", "gated", "modulate", "spread"]
 
 
 class Modulation(nn.Module):
@@ -27,6 +29,23 @@ class Modulation(nn.Module):
         return self.linear(F.silu(vector)).chunk(self.num_chunks, dim=-1)
 
 
+class Table(nn.Module):
+    """What a block, or the readout, adds to vectors that all share: `num_chunks` rows of width `dim`, zero at the start.
+
+    (AdaLN-single: Chen et al. 2023, PixArt-alpha, sec. 2.3.) Given one vector of width `dim`, every row is added to it.
+    """
+
+    def __init__(self, dim: int, num_chunks: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(num_chunks, dim))
+
+    def forward(self, shared: Float[Tensor, "B groups width"]) -> Iterator[Float[Tensor, "B groups D"]]:
+        """Give the chunks one by one: with a vector for each token, all of them at once are large."""
+        chunks = shared.split(self.rows.shape[1], dim=-1)
+        for index, row in enumerate(self.rows):
+            yield chunks[index % len(chunks)] + row
+
+
 def spread(vector: Float[Tensor, "B groups D"], num_tokens: int) -> Float[Tensor, "B tokens_or_one D"]:
     """Give each token its group's vector; a single group stays one row and broadcasts."""
     groups = vector.shape[1]
@@ -34,9 +53,11 @@ def spread(vector: Float[Tensor, "B groups D"], num_tokens: int) -> Float[Tensor
 
 
 def modulate(
-    x: Float[Tensor, "B N D"], shift: Float[Tensor, "B groups D"], scale: Float[Tensor, "B groups D"]
+    x: Float[Tensor, "B N D"], shift: Float[Tensor, "B groups D"] | None, scale: Float[Tensor, "B groups D"]
 ) -> Float[Tensor, "B N D"]:
-    """Return x * (1 + scale) + shift."""
+    """Return x * (1 + scale) + shift; the shift may be left out."""
+    if shift is None:
+        return x * spread(1 + scale, x.shape[1])
     return torch.addcmul(spread(shift, x.shape[1]), x, spread(1 + scale, x.shape[1]))
 
 

@@ -1,17 +1,18 @@
-"""From one projection to queries and keys, normalised per head and rotated, and values.
+"""From one projection to queries and keys, normalised and rotated, and values.
 
-On a CPU this chain of small operations costs as much as the matrix products beside it, so there it is one function with
-its derivative written out: 2 to 3 times as fast, forward and backward (`benchmarks/fused.py`).
+On a CPU this chain of small operations costs as much as the matrix products beside it. There the usual one, RMS norm per
+head, is one function with its derivative written out: 2 to 3 times as fast, both ways (`benchmarks/fused.py`).
 """
 
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from reelflow.nn.attention import HeadNorm, split_heads
+from reelflow.nn.attention import normed_heads, split_heads
+from reelflow.nn.norm import RMSNorm
 from reelflow.nn.rope import apply_rope
 
 __all__ = ["queries_keys_values"]
@@ -19,20 +20,22 @@ __all__ = ["queries_keys_values"]
 
 def queries_keys_values(
     qkv: Float[Tensor, "B N width"],
-    norm_q: HeadNorm,
-    norm_k: HeadNorm,
+    norm_q: nn.Module,
+    norm_k: nn.Module,
     rope: Float[Tensor, "... M half 2"] | None,
+    num_heads: int,
 ) -> tuple[Float[Tensor, "B heads N d"], Float[Tensor, "B heads N d"], Float[Tensor, "B heads N d"]]:
     """Cut [q, k, v] into heads, normalise q and k, and rotate their last M tokens (those before have no position).
 
-    Norm and rotation are computed in float32 at least.
+    The norms are those of `build_qk_norm`. Norm and rotation are computed in float32 at least.
     """
-    head_dim = norm_q.normalized_shape[0]
-    num_heads = qkv.shape[-1] // 3 // head_dim
-    if qkv.device.type == "cpu" and not (rope is not None and rope.requires_grad):
+    head_dim = qkv.shape[-1] // 3 // num_heads
+    per_head = isinstance(norm_q, RMSNorm) and norm_q.normalized_shape == (head_dim,)
+    if per_head and qkv.device.type == "cpu" and not (rope is not None and rope.requires_grad):
         return _Fused.apply(qkv, norm_q.weight, norm_k.weight, rope, num_heads, norm_q.eps)
-    q, k, v = (split_heads(part, num_heads) for part in qkv.chunk(3, dim=-1))
-    return _rotated(norm_q(q), rope), _rotated(norm_k(k), rope), v
+    q, k, v = qkv.chunk(3, dim=-1)
+    q, k = (_rotated(normed_heads(x, norm, num_heads), rope) for x, norm in ((q, norm_q), (k, norm_k)))
+    return q, k, split_heads(v, num_heads)
 
 
 def _rotated(x: Float[Tensor, "B heads N d"], rope: Tensor | None) -> Float[Tensor, "B heads N d"]:

@@ -23,9 +23,10 @@ from reelflow.models.blocks import (
     BranchesBlock,
     CrossAttention,
     DualBlock,
-    DualStream,
+    ReadStream,
     SelfAttention,
     SingleBlock,
+    TiedStream,
 )
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, VAEConfig
@@ -83,46 +84,59 @@ def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_toke
     grid = token_grid(latent_shape, config.patch)
     matrices = grid.num_tokens * (_weights(model.embed) + _weights(model.out))
     matrices += prod(latent_shape) * _weights(model.stem)
-    matrices += _weights(model.time) + _weights(model.modulation)
-    matrices += _weights(model.vector) + context_tokens * _weights(model.context)
+    matrices += sum(map(_weights, (model.time, model.modulation, model.vector, model.numbers, model.shared)))
+    image_tokens = 0 if config.image is None else config.image.positions
+    matrices += image_tokens * _weights(model.image)
     pairs = 0
     for block in model.blocks:
-        matrices += _block_matrices(block, grid.num_tokens, context_tokens)
-        pairs += _block_pairs(block, grid, context_tokens)
+        matrices += _block_matrices(block, grid.num_tokens, context_tokens, image_tokens)
+        pairs += _block_pairs(block, grid, context_tokens, image_tokens)
+    features, t = (torch.empty(1, n, device="meta") for n in (context_tokens * config.context_dim, 1))
+    doors = [(door, args) for door, args in ((model.context, (None, t)), (model.pool, (None,))) if door is not None]
+    front = sum(count_flops(door, features.unflatten(1, (context_tokens, -1)), *args) for door, args in doors)
     return DiTCost(
         num_parameters=num_parameters(model),
         num_tokens=grid.num_tokens,
         context_tokens=context_tokens,
         attention_flops=4 * config.dim * pairs,
-        matrix_flops=2 * matrices,
+        matrix_flops=2 * matrices + front,
     )
 
 
-def _block_matrices(block: nn.Module, n: int, length: int) -> int:
-    """Multiply-adds of a block's linear maps over n video and `length` context tokens."""
+def _block_matrices(block: nn.Module, n: int, length: int, image: int) -> int:
+    """Multiply-adds of a block's linear maps over n video, `length` context and `image` picture tokens."""
     if isinstance(block, DualBlock):
-        streams = ((n, block.video), (length, block.context))
-        total = sum(tokens * (_weights(stream) - _weights(stream.modulation)) for tokens, stream in streams)
-        return total + sum(_weights(stream.modulation) for _, stream in streams) + n * _weights(block.gate)
+        video, context, idle = block.video, block.context, getattr(block.context, "idle", None)
+        used = video if isinstance(context, TiedStream) else context
+        total = n * (_weights(video) - _weights(video.modulation) + _weights(block.again) + _weights(block.gate))
+        total += length * (_weights(used) - _weights(used.modulation) - _weights(idle))
+        return total + _weights(video.modulation) + _weights(context.modulation)
     if isinstance(block, SingleBlock):
         joint = _weights(block) - _weights(block.modulation) - _weights(block.gate)
         return (n + length) * joint + _weights(block.modulation) + n * _weights(block.gate)
     assert isinstance(block, BranchesBlock)
-    reads = sum(_weights(b.function.read) for b in block.branches if isinstance(b.function, CrossAttention))
-    return n * (_weights(block.branches) - reads) + length * reads + _weights(block.modulation)
+    crosses = [b.function for b in block.branches if isinstance(b.function, CrossAttention)]
+    reads, images = sum(_weights(cross.read) for cross in crosses), sum(_weights(cross.image) for cross in crosses)
+    own = _weights(block.branches) - reads - images
+    return n * own + length * reads + image * images + _weights(block.modulation)
 
 
-def _block_pairs(block: nn.Module, grid: Grid, length: int) -> int:
+def _block_pairs(block: nn.Module, grid: Grid, length: int, image: int) -> int:
     """Pairs of query and key that meet in a block."""
     if isinstance(block, DualBlock):
-        return attended_pairs(block.pattern, grid, length, context_queries=isinstance(block.context, DualStream))
+        queries = not isinstance(block.context, ReadStream)
+        again = 0 if block.again is None else attended_pairs(block.again.pattern, grid)
+        return again + attended_pairs(block.spec.attend, grid, length, context_queries=queries)
     if isinstance(block, SingleBlock):
         return attended_pairs(block.pattern, grid, length)
     assert isinstance(block, BranchesBlock)
-    attends = sum(
-        attended_pairs(b.function.pattern, grid) for b in block.branches if isinstance(b.function, SelfAttention)
-    )
-    return attends + grid.num_tokens * length * sum(isinstance(b.function, CrossAttention) for b in block.branches)
+    pairs = 0
+    for branch in block.branches:
+        if isinstance(branch.function, SelfAttention):
+            pairs += attended_pairs(branch.function.pattern, grid)
+        elif isinstance(branch.function, CrossAttention):
+            pairs += grid.num_tokens * (length + (image if branch.function.image is not None else 0))
+    return pairs
 
 
 def vae_cost(config: VAEConfig, num_frames: int, height: int, width: int) -> VAECost:
@@ -160,5 +174,6 @@ class _Call(nn.Module):
 
 
 def _weights(module: nn.Module | None) -> int:
-    """Values in the matrices of a module."""
-    return 0 if module is None else sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    """Values in the matrices and kernels of a module."""
+    parts = () if module is None else module.modules()
+    return sum(part.weight.numel() for part in parts if isinstance(part, (nn.Linear, nn.Conv3d)))

@@ -61,13 +61,14 @@ from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Posterior, Stage, VAEConfig
 from reelflow.models.weights import load_weights
+from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch, token_grid
 from reelflow.nn.patterns import Full, Gated, Pattern, Space, Time, Window
 from reelflow.planning.cost import DiTCost, dit_cost, vae_cost
 from reelflow.recipes.compare_page import SCALES, USUAL, Facts, Outcome, Report, Scores, write_report
 from reelflow.recipes.recipe import write_json
 from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
-from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
 from reelflow.training.loop import TrainingConfig, train
 from reelflow.training.optim import OptimizerConfig
 
@@ -217,7 +218,7 @@ class Comparison:
             ),
             patch=variant.patch,
             rope=self.rope,
-            absolute="sincos",
+            absolute=(SinCos(max_period=100.0),),
             theta=100.0,
             activation="relu2",
             vector_dim=self.text.dim,
@@ -682,7 +683,7 @@ def _run(config: Comparison, out: Path, name: str, seed: int, hear: Hear) -> boo
             ),
             folder,
             resume=False,
-            hidden=lambda key, weight: weight.ndim == 2 and key.startswith("blocks.") and ".modulation." not in key,
+            hidden=inner_matrix,
             on_step=on_step,
             console=QUIET,
         )

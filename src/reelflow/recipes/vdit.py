@@ -11,7 +11,9 @@ from reelflow.data.folder import ClipSpec
 from reelflow.data.worlds import World
 from reelflow.families.vdit import FoundingModel, Size, asymmetric, gated, spatial_temporal_cross
 from reelflow.generation.sampling import Sampling
+from reelflow.models.context import Layers
 from reelflow.models.vae import Stage, VAEConfig
+from reelflow.nn.embed import SinCos
 from reelflow.recipes.recipe import AutoencoderStage, Recipe, TransformerStage, WorldData
 from reelflow.training.autoencoder import AutoencoderConfig
 from reelflow.training.flow import FlowConfig
@@ -61,9 +63,9 @@ def _on_world(model: FoundingModel) -> Recipe:
             model=replace(
                 model.dit,
                 in_channels=channels,
-                context_dim=WORDS.dim,
+                context=Layers(WORDS.dim),
                 vector_dim=WORDS.dim,
-                absolute="sincos",
+                absolute=(SinCos(max_period=100.0),),
                 theta=100.0,
             ),
             flow=FlowConfig(parameterization=model.parameterization, time=model.time, shift=model.shift),

@@ -5,8 +5,10 @@ from reelflow.data.folder import ClipSpec
 from reelflow.data.worlds import World
 from reelflow.generation.sampling import Sampling
 from reelflow.models.blocks import Dual, Single
+from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig
 from reelflow.models.vae import Stage, VAEConfig
+from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch
 from reelflow.recipes.recipe import AutoencoderStage, Recipe, TransformerStage, WorldData
 from reelflow.training.autoencoder import AutoencoderConfig
@@ -58,11 +60,11 @@ def world() -> Recipe:
                 layers=(Dual(mlp_ratio=3.0), *6 * (Single(mlp_ratio=3.0),)),
                 patch=Patch(1, 2, 2),
                 rope=(8, 12, 12),
-                absolute="sincos",
+                absolute=(SinCos(max_period=100.0),),
                 theta=100.0,
                 activation="relu2",
                 stem=48,
-                context_dim=96,
+                context=Layers(96),
                 vector_dim=96,
             ),
             flow=FlowConfig(shift=3.0, given_fraction=0.15, max_given=2),
