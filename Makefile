@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check parity format bench clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -27,6 +27,9 @@ check: $(READY)  ## format, lint, types and tests: all that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+parity: $(READY)  ## compare every family with its reference on many configurations; writes docs/parity.md
+	REELFLOW_EXAMPLES=40 REELFLOW_PARITY=docs/parity.md $(BIN)/python -m pytest -q -m "" tests/families -k "reference or published"
 
 format: $(READY)  ## format the code and mend what the linter can
 	$(BIN)/ruff format .

@@ -1,7 +1,9 @@
 import json
 import math
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from reelflow.config import configuration, from_dict, set_values, to_dict
 from reelflow.errors import ConfigError
@@ -16,6 +18,26 @@ class Inner:
     rate: float
     name: str = "plain"
     limit: float | None = None
+
+
+@configuration
+class Square:
+    side: float
+    size: float = 1.0
+    kind: Literal["square"] = "square"
+
+
+@configuration
+class Disc:
+    radius: float = 2.0
+    size: float = 3.0
+    inner: Square | Inner | None = None
+    kind: Literal["disc"] = "disc"
+
+
+@configuration
+class Picture:
+    shape: Annotated[Square | Disc, Field(discriminator="kind")] | float
 
 
 @configuration
@@ -57,6 +79,35 @@ def test_values_are_set_by_their_path_and_nothing_else_changes():
 
 def test_the_last_of_two_values_wins_and_text_may_hold_an_equals_sign():
     assert set_values(OUTER, ["seed=1", "seed=2", "inner.name=a=b"]) == Outer(2, Inner(0.1, "a=b"))
+
+
+def test_another_kind_keeps_what_both_have_and_brings_its_own_defaults():
+    square = Picture(Square(side=5.0, size=7.0))
+    assert set_values(square, ["shape.kind=disc"]) == Picture(Disc(radius=2.0, size=7.0))
+    assert set_values(square, ["shape.kind=disc", "shape.radius=4"]) == Picture(Disc(radius=4.0, size=7.0))
+    assert set_values(square, ["shape.kind=square"]) == square
+    back = Picture(Disc(size=6.0, inner=Inner(rate=1.0)))
+    assert set_values(back, ["shape.kind=square", "shape.side=9"]) == Picture(Square(side=9.0, size=6.0))
+    assert set_values(back, ["shape.inner.rate=2"]) == Picture(Disc(size=6.0, inner=Inner(rate=2.0)))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["shape.kind=disk"], "shape.*disk"),
+        (["shape.kind=disc", "shape.side=1"], "^shape has no field 'side'; did you mean size"),
+        (["shape.radius=1"], "^shape has no field 'radius'; known: kind, side, size"),
+        (["shape=1", "shape.kind=disc"], "^shape has no field 'kind'; shape has no fields"),
+    ],
+)
+def test_fields_are_those_of_the_kind_at_hand(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        set_values(Picture(Square(side=5.0)), assignments)
+
+
+def test_a_kind_that_needs_a_value_asks_for_it():
+    with pytest.raises(ConfigError, match=r"side: Field required"):
+        set_values(Picture(Disc()), ["shape.kind=square"])
 
 
 @pytest.mark.parametrize(

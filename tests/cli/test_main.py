@@ -34,7 +34,9 @@ def test_help_and_version_load_nothing_heavy():
     assert lines[-1] == "0 []"
 
 
-@pytest.mark.parametrize("command", ["generate", "train", "encode", "evaluate", "plan", "demo", "data inspect"])
+@pytest.mark.parametrize(
+    "command", ["generate", "train", "encode", "evaluate", "plan", "compare", "demo", "data inspect"]
+)
 def test_every_option_has_a_help_text(reelflow, command):
     import typer
 

@@ -1,3 +1,4 @@
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -5,14 +6,19 @@ import pytest
 from reelflow.cli.plan import Costs, founding_tables, model_table
 from reelflow.config import set_values
 from reelflow.families.vdit import founding_models
+from reelflow.planning.cost import dit_cost
 from reelflow.recipes.world import world
 from reelflow.training.meters import duration
+
+ONCE = lru_cache(dit_cost)  # building twenty networks without weights takes a second
 
 
 @pytest.fixture(autouse=True)
 def peak(monkeypatch):
-    """This machine does 1 TFLOP/s."""
+    """This machine does 1 TFLOP/s, and counts a network once."""
     monkeypatch.setattr("reelflow.training.meters.measure_peak_flops", lambda dtype, device: 1e12)
+    for module in ("reelflow.planning.cost", "reelflow.recipes.recipe"):
+        monkeypatch.setattr(f"{module}.dit_cost", ONCE)
 
 
 def test_time_is_operations_over_a_share_of_the_measured_peak(reelflow):

@@ -53,7 +53,7 @@ def test_every_recipe_is_listed_with_its_first_line(reelflow):
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_a_misspelt_recipe_is_refused_with_the_nearest(reelflow, command):
     status, _, err = reelflow(command, "wrold")
-    assert (status, err) == (2, "error: no recipe is called 'wrold'; did you mean world or folder?\n")
+    assert (status, err) == (2, "error: no recipe is called 'wrold'; did you mean world or folder or vdit-world?\n")
 
 
 def test_a_recipe_goes_to_its_own_folder_with_the_values_set(reelflow, carried_out):

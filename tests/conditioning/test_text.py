@@ -29,7 +29,7 @@ def test_the_empty_prompt_has_no_tokens_and_pools_to_zero():
     assert features.pooled.abs().max() == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.text(max_size=30))
 def test_any_script_is_read_or_refused_by_length(text):
     if len(words_of(text)) > ENCODER.max_words:

@@ -11,7 +11,6 @@ from reelflow.diffusion.guidance import (
     away_from_fitted,
     away_from_perturbed,
     composed,
-    dynamic_threshold,
     guided,
     nested,
     over_frames,
@@ -21,7 +20,7 @@ from reelflow.diffusion.guidance import (
     within,
     zero_start,
 )
-from reelflow.diffusion.process import Parameterization, VariancePreserving, along_frames, levels
+from reelflow.diffusion.process import Parameterization, VariancePreserving, along_frames
 from reelflow.diffusion.samplers import euler, heun
 from reelflow.diffusion.timesteps import inference_times
 from reelflow.errors import ConfigError
@@ -435,25 +434,6 @@ def test_rules_apply_in_the_order_given(networks):
     close(middle, rescaled + 2.0 * (cond.at(X, T) - perturbed.at(X, T)))
 
 
-@pytest.mark.parametrize("space", SPACES, ids=lambda s: s.prediction)
-def test_dynamic_threshold_presses_the_data_into_the_range_and_leaves_what_is_inside(space):
-    own = levels(space.process, ROWS)
-    seen = normal(3)
-    seen[0, :, 0] *= 0.1
-    noise = torch.where(own.sigma > 0, (X - own.alpha * seen) / own.sigma, 0)
-    predict = steered(
-        lambda x, t: space.target(seen, noise, t), dynamic_threshold(quantile=0.75, parameterization=space)
-    )
-    data = space.estimate(X, predict(X, ROWS), ROWS).data
-    assert data.abs().max() <= 1 + 1e-12
-    close(data[0, :, 0], seen[0, :, 0])  # within [-1, 1] already
-    frame = seen[0, :, 3].flatten()  # alone at its time: 12 values, 9 of them not above the bound
-    bound = frame.abs().sort().values[8].clamp(min=1)
-    close(data[0, :, 3].flatten(), frame.clamp(-bound, bound) / bound)
-    pair = data[0, :, 1:3] / seen[0, :, 1:3]  # two frames that share a time are divided by one number
-    close(pair[data[0, :, 1:3].abs() < 1 - 1e-9].std(), torch.tensor(0.0, dtype=torch.float64))
-
-
 # What holds for every rule
 
 RULES = {
@@ -463,7 +443,6 @@ RULES = {
     "projection": lambda other: [AdaptiveProjection(other, scale=4.0, threshold=2.0, momentum=-0.5)],
     "rescale": lambda other: [away_from(other, scale=4.0), rescale(phi=0.7)],
     "rescale_data": lambda other: [away_from(other, scale=4.0), rescale(phi=0.7, parameterization=FLOW)],
-    "threshold": lambda other: [away_from(other, scale=4.0), dynamic_threshold()],
 }
 
 
@@ -509,10 +488,9 @@ def test_the_learned_variance_is_that_of_the_conditional(networks):
     rules = [
         AdaptiveProjection(both[1], scale=4.0, parameterization=space),
         rescale(phi=0.7, parameterization=space),
-        dynamic_threshold(parameterization=space),
     ]
     output = steered(both[0], *rules)(X, T)
-    expected = steered(cond, AdaptiveProjection(uncond, scale=4.0), rescale(phi=0.7, parameterization=FLOW), rules[2])
+    expected = steered(cond, AdaptiveProjection(uncond, scale=4.0), rescale(phi=0.7, parameterization=FLOW))
     close(output[:, :3], expected(X, T))
     assert torch.equal(output[:, 3:], -cond.value)
 
@@ -557,7 +535,6 @@ def test_guidance_is_differentiable(networks, rules):
         (lambda n: AdaptiveProjection(n, scale=2.0, threshold=0.0), "threshold must be positive"),
         (lambda n: AdaptiveProjection(n, scale=2.0, momentum=-1.0), "momentum"),
         (lambda n: AdaptiveProjection(n, scale=math.inf), "finite"),
-        (lambda n: dynamic_threshold(quantile=0.0), "quantile"),
         (lambda n: zero_start(n, until=1.0), "until"),
         (lambda n: zero_start(n, until=-0.1), "until"),
         (lambda n: composed(n, [n, n], scales=[1.0]), "2 conditions need as many scales"),

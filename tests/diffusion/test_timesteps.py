@@ -21,9 +21,7 @@ from reelflow.diffusion.timesteps import (
     TableSchedule,
     TableShift,
     Uniform,
-    draw_logit_normal,
     draw_times,
-    draw_uniform,
     inference_times,
     shift_for,
     shift_times,
@@ -164,12 +162,6 @@ def test_independent_draws_pass_the_kolmogorov_smirnov_test_and_fail_it_for_a_ne
     assert distance(distribution.cdf(shift_times(t, 1 / (1.1 * shift)))) > CRITICAL / num**0.5
 
 
-def test_draws_of_the_two_common_distributions_have_functions_of_their_own():
-    assert torch.equal(draw_uniform(9, seeded(), shift=3.0), draw_times(Uniform(), 9, seeded(), shift=3.0))
-    normal = draw_logit_normal(9, seeded(), mean=0.5, std=2.0, shift=3.0)
-    assert torch.equal(normal, draw_times(LogitNormal(0.5, 2.0), 9, seeded(), shift=3.0))
-
-
 @pytest.mark.parametrize("stratified", [True, False])
 def test_a_seed_fixes_every_draw(stratified):
     first, again, other = (draw_times(CosMap(), 9, seeded(seed), stratified=stratified) for seed in (0, 0, 1))
@@ -296,7 +288,7 @@ def test_every_value_survives_json(value):
         (lambda: inference_times(4, shift=-1.0), "shift must be positive, got -1.0; nearest: 1"),
         (lambda: shift_times(torch.zeros(1), math.nan), "shift must be positive, got nan"),
         (lambda: shift_times(torch.zeros(1), math.inf), "shift must be positive and finite, got inf"),
-        (lambda: draw_logit_normal(1, seeded(), std=0.0), "std must be positive, got 0.0; nearest: 1"),
+        (lambda: LogitNormal(std=0.0), "std must be positive, got 0.0; nearest: 1"),
         (lambda: draw_times(Uniform(), 0, seeded()), "at least 1, got 0; nearest: 1"),
         (lambda: LogitNormal(math.inf), "mean must be finite, got inf; nearest: 0"),
         (lambda: Mode(2.0), "got 2.0; nearest: 1.7519"),

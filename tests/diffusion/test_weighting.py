@@ -166,6 +166,19 @@ def test_a_step_into_the_data_costs_nothing():
     bound.sum().backward()
 
 
+def test_a_step_into_the_data_has_no_gradient_and_no_given_frame_has_one_that_is_not_finite():
+    """There the variance is 0, and a raw variance far outside its bounds would make the gradient 0 x infinity."""
+    t, t_next = torch.tensor([[0.5, 1 - 1e-3, 1.0]]).double(), torch.tensor([[0.6, 1.0, 1.0]]).double()
+    data, x = (normal(1, 1, 3, 2, 2, seed=seed).float() for seed in (0, 1))
+    raw = torch.full_like(x, -4.0).requires_grad_()
+    bound = variational_bound(P, data, x, torch.cat([x, raw], dim=1), t, t_next)
+    bound.sum().backward()
+    assert (bound[:, :, 1:] == 0).all()
+    assert (raw.grad[:, :, 1:] == 0).all()
+    assert raw.grad[:, :, 0].isfinite().all()
+    assert raw.grad[:, :, 0].all()
+
+
 def test_frames_have_their_own_steps():
     t = torch.tensor([[0.2, 0.6]]).double()
     data, x, raw = (normal(1, 1, 2, 2, 2, seed=seed) for seed in range(3))

@@ -175,7 +175,7 @@ def test_a_small_one_learns_to_show_the_colour_and_the_motion_asked_for(name, tm
         assert followed(*noisy).float().mean() >= 0.8
 
 
-STEPS = dict.fromkeys(FAMILY, 400)
+STEPS = {"vdit": 350, "vdit-pixels": 450, "vdit-text": 350, "vdit-gated": 350, "vdit-mm": 500}
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -4,15 +4,21 @@ import pytest
 import torch
 
 from reelflow.errors import ConfigError
-from reelflow.models.condition import Condition
+from reelflow.models.condition import Condition, Source
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def tensors(condition: Condition) -> list[torch.Tensor | None]:
+    """Of every door, the further contexts' last."""
+    plain = [getattr(condition, field.name) for field in fields(Condition) if field.name != "further"]
+    return plain + [part for source in condition.further or () for part in source]
+
+
 def same(a: Condition, b: Condition) -> bool:
-    pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(Condition)]
+    pairs = zip(tensors(a), tensors(b), strict=True)
     return all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
 
 
@@ -27,10 +33,11 @@ def full(seed: int = 0) -> Condition:
         image=normal(2, 2, 7, seed=seed),
         channels=normal(2, 1, 2, 2, 2, seed=seed),
         residual=normal(2, 8, 6, seed=seed),
+        further=(Source(normal(2, 4, 3, seed=seed), normal(2, 4, seed=seed) > 0), Source(normal(2, 1, 2, seed=seed))),
     )
 
 
-def test_contexts_and_channels_stand_side_by_side_and_vectors_and_residuals_add():
+def test_contexts_and_channels_stand_side_by_side_vectors_and_residuals_add_and_further_contexts_follow():
     a, b = full(), full(1)
     b = Condition(**{f.name: getattr(b, f.name) for f in fields(b) if f.name not in ("label", "numbers")})
     both = a + b
@@ -42,6 +49,7 @@ def test_contexts_and_channels_stand_side_by_side_and_vectors_and_residuals_add(
     assert torch.equal(both.image, torch.cat([a.image, b.image], dim=1))
     assert torch.equal(both.label, a.label)
     assert torch.equal(both.numbers, a.numbers)
+    assert both.further == (*a.further, *b.further)
 
 
 def test_adding_nothing_changes_nothing():
@@ -69,8 +77,10 @@ def test_two_labels_cannot_be_added():
 def test_where_takes_each_sample_from_one_of_two():
     a, b = full(), full(1)
     mixed = a.where(torch.tensor([True, False]), b)
-    for field in fields(Condition):
-        ours, mine, theirs = (getattr(c, field.name) for c in (mixed, a, b))
+    for ours, mine, theirs in zip(*map(tensors, (mixed, a, b)), strict=True):
+        if mine is None:
+            assert ours is None
+            continue
         assert torch.equal(ours[0], mine[0])
         assert torch.equal(ours[1], theirs[1])
 
@@ -87,12 +97,22 @@ def test_one_null_row_serves_every_sample():
 def test_where_refuses_conditions_with_different_doors():
     with pytest.raises(ConfigError, match="only one of them has vector"):
         Condition(vector=normal(2, 4)).where(torch.tensor([True, False]), Condition())
+    masked = Condition(further=(Source(normal(2, 3, 5), torch.ones(2, 3).bool()),))
+    for other in ((Source(normal(2, 3, 5)),), 2 * masked.further, None):
+        with pytest.raises(ConfigError, match="only one of them has further"):
+            masked.where(torch.tensor([True, False]), Condition(further=other))
 
 
 def test_only_floating_parts_take_a_dtype():
     moved = full().to("cpu", torch.float64)
     assert moved.context.dtype == moved.vector.dtype == moved.channels.dtype == moved.residual.dtype == torch.float64
     assert (moved.context_mask.dtype, moved.label.dtype) == (torch.bool, torch.int64)
+    assert [part if part is None else part.dtype for source in moved.further for part in source] == [
+        torch.float64,
+        torch.bool,
+        torch.float64,
+        None,
+    ]
     assert same(full().to("cpu"), full())
 
 
@@ -107,3 +127,5 @@ def test_trimming_drops_only_what_no_sample_uses():
     assert nothing.context is not None
     assert nothing.context.shape == (2, 0, 1)
     assert Condition(context=context).trimmed().context is context
+    others = Condition(context=context, further=(Source(context, mask), Source(context))).trimmed()
+    assert [source.tokens.shape[1] for source in others.sources] == [4, 2, 4]

@@ -12,6 +12,7 @@ from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, S
 from reelflow.models.condition import Condition
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.nn.embed import Learned, SinCos
 from reelflow.nn.norm import Norm
 from reelflow.nn.patchify import Patch
 from reelflow.nn.patterns import Causal, Full, Gated, Space, Time, Window
@@ -339,6 +340,28 @@ def test_frames_have_an_order_and_rows_and_columns_a_place():
         assert not torch.allclose(model(X.flip(axis), TIMES).flip(axis), y, atol=1e-3)
 
 
+def test_times_may_be_told_to_clips_and_not_to_single_frames():
+    told, clips, none = (
+        network(replace(BARE, absolute=absolute)) for absolute in ((SinCos(),), (SinCos(still=False),), ())
+    )
+    assert torch.equal(told(X, TIMES), clips(X, TIMES))
+    assert torch.equal(clips(X[:, :, :1], TIMES), none(X[:, :, :1], TIMES))
+    assert not torch.equal(told(X[:, :, :1], TIMES), none(X[:, :, :1], TIMES))
+
+
+def test_one_table_of_positions_may_serve_context_and_clip():
+    """Swapping two context tokens changes nothing, unless they are told their places."""
+    table = Learned((T, H // 2, W // 2), form="grid", context=4)
+    plain, placed = (replace(BARE, context=Layers(5), absolute=absolute) for absolute in ((), (table,)))
+    context = normal(2, 4, 5, seed=1)
+    for config, same in ((plain, True), (placed, False)):
+        model = network(config)
+        found, swapped = (model(X, TIMES, Condition(context=c)) for c in (context, context.flip(1)))
+        assert torch.allclose(found, swapped, rtol=0, atol=1e-12) == same
+    with pytest.raises(ConfigError, match="for 4 context tokens, got 3"):
+        model(X, TIMES, Condition(context=context[:, :3]))
+
+
 @pytest.mark.parametrize("t", [TIMES, TIMES[:, None].expand(-1, T)])
 def test_bfloat16_autocast_stays_near_float32(t):
     model, x = network(FULL).float(), X.float()
@@ -385,6 +408,10 @@ def test_a_closed_door_is_refused(door):
         ({"patch": Patch(1, 0, 2)}, "patch must be at least 1"),
         ({"in_channels": 0}, "in_channels and patch must be at least 1, got 0"),
         ({"out_channels": -1}, "out_channels must not be negative, got -1; nearest: 0"),
+        (
+            {"absolute": (Learned((1, 1, 1), form="grid", context=2),), "context": None},
+            "need a context as wide as the clip's tokens; got context=None",
+        ),
         ({"context_width": 10}, r"layers\[1\] is a Single, .* got dim=24 and context_width=10"),
         (
             {"layers": (Dual(), WITH_TEXT), "context": None},

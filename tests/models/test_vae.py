@@ -313,3 +313,19 @@ def test_an_impossible_stage_is_refused(changes):
     (name, value), *_ = changes.items()
     with pytest.raises(ConfigError, match=f"a stage's {name} must be at least .*, got {value}"):
         replace(Stage(8, 1), **changes)
+
+
+def test_without_stages_latents_are_the_pixels_folded_and_scaled():
+    vae = network(VAEConfig(latent_channels=12, encoder=(), decoder=(), patch=2))
+    clip = clip_of(4, batch=2)
+    posterior = vae.encode(clip)
+    assert posterior.mean.shape == (2, 12, 4, 4, 6)
+    assert posterior.logvar.exp().max() < 1e-11  # nothing is drawn
+    close(vae.decode(posterior.mean), clip)
+    close(encode_stream(vae, clip, [1, 2, 1]).mean, posterior.mean)
+    close(torch.cat(list(vae.stream_decode(posterior.mean.split(2, dim=2))), dim=2), clip)
+
+
+def test_pixels_have_as_many_channels_as_the_patch_folds():
+    with pytest.raises(ConfigError, match="nearest: 12"):
+        VAEConfig(latent_channels=8, encoder=(), decoder=(), patch=2)

@@ -71,7 +71,7 @@ def test_learned_tables_add_one_row_per_axis_or_give_one_per_place(beyond):
     t, h, w = (table.flatten(0, 2) for table in axes.tables)
     rows = [t[i] + h[j] + w[k] for i in range(2) for j in range(4) for k in range(3)]
     torch.testing.assert_close(axes((2, 4, 3)), torch.stack(rows), rtol=0, atol=1e-15)
-    rows = [grid.tables[0][i, j, k] for i in range(2) for j in range(4) for k in range(3)]
+    rows = [grid.tables[0].view(3, 4, 5, -1)[i, j, k] for i in range(2) for j in range(4) for k in range(3)]
     assert torch.equal(grid((2, 4, 3)), torch.stack(rows))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (axes, grid)]
     assert sizes == [(3 + 4 + 5) * 6, 3 * 4 * 5 * 6]
@@ -96,6 +96,30 @@ def test_a_longer_axis_stretches_its_table_from_end_to_end(form):
     assert torch.equal(one_row((2, 1, 1))[0], one_row((2, 1, 1))[1])
 
 
+def test_a_smaller_grid_lies_in_the_corner_or_the_centre_of_the_table():
+    corner, centre = (LearnedPositions(Learned((1, 6, 5), form="grid", at=at), 2) for at in ("corner", "centre"))
+    centre.load_state_dict(corner.state_dict())
+    whole = corner((1, 6, 5)).view(6, 5, 2)
+    assert torch.equal(corner((1, 3, 3)), whole[:3, :3].flatten(0, 1))
+    assert torch.equal(centre((1, 3, 3)), whole[1:4, 1:4].flatten(0, 1)), "of an odd rest, more lies behind"
+
+
+def test_a_table_may_begin_with_the_contexts_tokens():
+    model = LearnedPositions(Learned((2, 1, 3), form="grid", context=4), 6)
+    (table,) = model.tables
+    assert torch.equal(model.of_context(4), table[:4])
+    assert torch.equal(model((2, 1, 3)), table[4:])
+    with pytest.raises(ConfigError, match="for 4 context tokens, got 3"):
+        model.of_context(3)
+
+
+def test_a_frozen_table_does_not_learn_and_begins_as_sinusoids():
+    model = LearnedPositions(Learned((2, 1, 3), form="grid", context=1, frozen=True), 12)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(model((2, 1, 3)), grid_sinusoid(grid_positions(2, 1, 3), 12).float(), rtol=0, atol=0)
+    assert not model.of_context(1).any()
+
+
 def test_every_row_that_a_grid_reads_learns_and_no_other():
     model = learned("axes", "refuse")
     model((2, 4, 3)).square().sum().backward()
@@ -113,6 +137,11 @@ REFUSALS = {
     "odd parts": (lambda: SinCos(split=(3, 5, 8)), r"must be even and sum to the width 16, got \(3, 5, 8\)"),
     "period": (lambda: SinCos(max_period=0.0), "max_period must be positive, got 0.0"),
     "no rows": (lambda: Learned((4, 0, 4)), r"at least 1 token along each axis, got \(4, 0, 4\)"),
+    "frozen axes": (
+        lambda: Learned((4, 4, 4), frozen=True),
+        "form='axes', context=0, frozen=True; nearest: form=\"grid\"",
+    ),
+    "context of axes": (lambda: Learned((4, 4, 4), context=2), "form='axes', context=2"),
 }
 
 

@@ -12,6 +12,7 @@ from reelflow.nn.rope import (
     Centred,
     Coordinates,
     Extension,
+    Inscribed,
     Interpolate,
     Ntk,
     Riflex,
@@ -260,6 +261,23 @@ def test_centred_grids_have_their_middle_at_zero_and_square_cells_of_equal_area(
         torch.testing.assert_close(steps, torch.full_like(steps, side), rtol=1e-10, atol=0)
 
 
+@settings(max_examples=20, deadline=None)
+@given(grid=GRIDS, factor=st.integers(1, 4))
+def test_an_inscribed_grid_of_the_same_proportions_has_its_cells_edges(grid, factor):
+    t, h, w = grid
+    positions = token_positions(Inscribed(h, w), (t, factor * h, factor * w)).view(t, factor * h, factor * w, 3)
+    torch.testing.assert_close(
+        positions[:, ::factor, ::factor].reshape(-1, 3), grid_positions(*grid), rtol=0, atol=1e-12
+    )
+
+
+def test_an_inscribed_grid_of_other_proportions_lies_in_the_middle():
+    narrow = token_positions(Inscribed(6, 9), (1, 3, 2))  # as a box of 6 x 4, two columns from the left
+    columns = narrow.view(3, 2, 3)
+    torch.testing.assert_close(columns[:, 0, 1], torch.tensor([0.0, 2.0, 4.0], dtype=torch.float64))
+    torch.testing.assert_close(columns[0, :, 2], torch.tensor([2.0, 6.0 / 2], dtype=torch.float64))
+
+
 # Extensions
 
 
@@ -389,6 +407,7 @@ REFUSALS = {
     "first": (lambda: Steps(first=1.5), r"in \(0, 1\], got 1.5"),
     "span": (lambda: Spans(t=None, h=(1.0, -1.0), w=(0.0, 1.0)), r"got h=\(1.0, -1.0\); nearest: \(-1.0, 1.0\)"),
     "area": (lambda: Centred(area=-4.0), "area must be positive, got -4.0"),
+    "box": (lambda: Inscribed(0, 4), "at least 1 token, got 0 x 4"),
     "clock": (lambda: token_positions(Steps(time="seconds"), (1, 2, 2)), "need a positive token_rate, got None"),
     "blocks": (lambda: interleaved_from_half((4, 3)), r"must be even to have halves, got \(4, 3\); nearest: 4"),
     "rows": (lambda: permute_channels(normal(6, 2), interleaved_from_half((4,))), "6 rows are not a whole number"),
@@ -410,7 +429,10 @@ class Holder:
     by: Extension
 
 
-@pytest.mark.parametrize("coordinates", [Steps(first=0.25), Spans(None, (0.0, 1.0), (-1.0, 1.0)), Centred(192.0)])
+COORDINATES = [Steps(first=0.25), Spans(None, (0.0, 1.0), (-1.0, 1.0)), Centred(192.0), Inscribed(6, 9)]
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("by", [Interpolate(), Ntk(), Yarn(temperature=0.1), Riflex(20.0)])
 def test_coordinates_and_extensions_survive_json(coordinates, by):
     holder = Holder(coordinates, by)

@@ -6,8 +6,8 @@ import torch
 
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single
-from reelflow.models.condition import Condition
-from reelflow.models.context import Layers
+from reelflow.models.condition import Condition, Source
+from reelflow.models.context import Layers, Refine, Sources
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig
 from reelflow.nn.norm import Norm
@@ -76,6 +76,17 @@ def test_the_formula_counts_a_mixed_stack_with_and_without_context(activation, c
     cost = dit_cost(config, (3, 8, 4), context_tokens=context)
     assert cost.flops == pytest.approx(counted(config, context), rel=0.001)
     assert cost.num_parameters == num_parameters(VideoDiT(config))
+
+
+def test_the_formula_counts_the_sources_of_a_context_each_at_its_length():
+    sources = Sources((Refine(12), Layers(6, (7,))))
+    config = replace(DIT, layers=(Dual(),), rope="none", vector_dim=0, context=sources)
+    with torch.device("meta"):
+        condition = Condition(context=torch.empty(1, 5, 12), further=(Source(torch.empty(1, 3, 6)),))
+        found = count_flops(VideoDiT(config), torch.empty(1, 4, 3, 8, 4), torch.empty(1), condition)
+    assert dit_cost(config, (3, 8, 4), context_tokens=(5, 3)).flops == found
+    with pytest.raises(ConfigError, match="one number for each of 2 sources"):
+        dit_cost(config, (3, 8, 4), context_tokens=5)
 
 
 def test_a_window_larger_than_the_clip_is_refused_before_anything_runs():

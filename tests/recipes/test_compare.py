@@ -26,7 +26,17 @@ from reelflow.recipes.compare import (
     variants,
     velocity_error,
 )
-from reelflow.recipes.compare_page import Estimate, Outcome, Report, claims, dot_plot_svg, tables, write_report
+from reelflow.recipes.compare_page import (
+    Estimate,
+    Outcome,
+    Report,
+    claims,
+    dot_plot_svg,
+    reading,
+    summary,
+    tables,
+    write_report,
+)
 
 SILENT = Console(quiet=True)
 FULL = comparison()
@@ -63,8 +73,6 @@ TINY = replace(
     seeds=(0, 1),
     only=("gated", "pixel"),
 )
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +157,14 @@ def apart(finished, tmp_path_factory):
     return out, str(failure.value)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_number_of_processes(finished, apart):
     mine = results(apart[0])
     assert set(mine) == {"gated-0.json", "gated-1.json"}
     assert mine.items() <= results(finished).items()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_in_its_process_is_named(apart):
     assert "large, seed 0: FileNotFoundError" in apart[1]
     assert "large, seed 1: FileNotFoundError" in apart[1]
@@ -323,6 +333,47 @@ def test_tables_give_mean_and_deviation_over_seeds(finished):
     ]
     table = next(t for t in tables(replace(found, outcomes=tuple(few))) if t.title == "Attention")
     assert dict(zip(table.head, table.rows[0], strict=True))["colour, %"] == "60 ± 14"  # 0.1 sqrt 2
+
+
+def test_the_summary_names_the_budget_of_each_size(finished):
+    found = report(finished)
+    large = [replace(o, size=40, teraflops=2e-4) for o in found.of("gated")]
+    text = summary(replace(found, outcomes=(*found.of("gated"), *large)))
+    spent = max(o.teraflops for o in found.of("gated"))
+    assert (
+        f"1 variants, 2 seeds each. A run trains for {spent:.2g} teraflops at 32 x 32, 0.0002 teraflops at 40 x 40"
+        in text
+    )
+
+
+def test_what_a_number_does_not_say_is_written_beside_it(finished):
+    text = " ".join(reading(report(finished)))
+    assert "shares of 6 clips, for 2 prompts" in text  # three of each
+    assert "right in one of 2." in text
+    assert "Every prompt was trained on" in text
+
+
+def test_errors_of_the_velocity_are_compared_on_the_same_data_only(finished):
+    heads = {table.title: table.head for table in tables(many(report(finished), "full"))}
+    assert "velocity error" in heads["Attention"]
+    assert "velocity error" not in heads["Latents and pixels"]
+
+
+def test_the_best_guidance_is_named_with_those_that_equal_it(finished):
+    found = many(report(finished), "full")
+
+    def scored(values):
+        outcomes = [
+            replace(o, scores={w: replace(o.scores["usual"], all=v + d) for w, v in values.items()})
+            for o, d in zip(found.of("full"), (0.0, 0.1), strict=True)
+        ]
+        (claim,) = (c for c in claims(replace(found, outcomes=tuple(outcomes))) if "sweet spot" in c.said)
+        return claim.measured
+
+    near = scored({"guidance 1": 0.1, "guidance 3.5": 0.52, "guidance 7.5": 0.5})
+    assert "most at 3.5 (not told apart from 7.5);" in near
+    far = scored({"guidance 1": 0.1, "guidance 3.5": 0.52, "guidance 7.5": 0.9})
+    assert "most at 7.5;" in far
 
 
 def test_estimates_are_told_apart_beyond_twice_the_standard_error():

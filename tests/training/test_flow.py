@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from reelflow.diffusion.process import (
 from reelflow.diffusion.timesteps import CosMap, LogitNormal, SquareRootShift, Uniform, shift_times
 from reelflow.diffusion.weighting import MinSNR
 from reelflow.errors import ConfigError
-from reelflow.models.blocks import Single
+from reelflow.models.blocks import Attend, Branches, FeedForward, Single, gate_values
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import Posterior
 from reelflow.nn.patchify import Patch
-from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch
+from reelflow.nn.patterns import Gated
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
 
 B, C, T, H, W = 4, 2, 4, 4, 2
 DIT = DiTConfig(in_channels=C, dim=12, num_heads=1, layers=(Single(),), rope=(4, 4, 4), vector_dim=3)
@@ -245,6 +247,33 @@ def test_a_learned_variance_has_finite_gradients_at_the_last_step_and_beside_giv
         flow.loss(BATCH, seeded(seed)).value.backward()
         assert raw.grad.isfinite()
         assert set(flow.model.asked[-1][1].reshape(B, -1)[:, -1].tolist()) == {0.0, 0.5}  # 0.5 is step 0, the last
+
+
+@pytest.mark.parametrize("granularity", ["scalar", "token"])
+def test_a_gates_alpha_is_reported_with_every_loss(granularity):
+    block = Branches((Attend(Gated(granularity)), FeedForward()))
+    torch.manual_seed(0)
+    model = VideoDiT(replace(DIT, layers=(block, block))).double()
+    flow = FlowTask(model, FlowConfig(given_fraction=0.0), null=NULL, validation=BATCH)
+    for name, weight in model.named_parameters():
+        if ".gate." in name:
+            torch.nn.init.normal_(weight)
+    parts = {name: part.item() for name, part in flow.loss(BATCH, seeded()).parts.items()}
+    assert parts == {f"alpha/{name}": pytest.approx(value) for name, value in gate_values(model).items()}
+    assert len(set(parts.values())) == 2
+
+
+def test_muon_moves_the_matrices_of_blocks_alone():
+    block = Branches((Attend(Gated("token")), FeedForward()))
+    names = {
+        name
+        for name, weight in VideoDiT(replace(DIT, layers=(block,))).named_parameters()
+        if inner_matrix(name, weight)
+    }
+    assert names == {
+        f"blocks.0.branches.{name}.weight"
+        for name in ("0.function.project.qkv", "0.function.out", "1.function.up", "1.function.down")
+    }
 
 
 def test_a_network_without_the_channels_of_a_variance_is_refused():

@@ -1,4 +1,4 @@
-"""A tiny run to kill: python toy_run.py FOLDER WHERE COUNT, WHERE one of nowhere, loss, step, fsync, rename.
+"""A tiny run to kill: python toy_run.py FOLDER WHERE COUNT, WHERE one of loss, step, fsync, rename.
 
 The process sends itself SIGKILL at the COUNT-th visit to that place, which is as abrupt as it gets and hits the same
 instant every time.

@@ -13,9 +13,11 @@ from typing import Annotated
 
 import typer
 
+from reelflow.cli.compare import compare
 from reelflow.cli.data import data
 from reelflow.cli.encode import encode
 from reelflow.cli.evaluate import evaluate
+from reelflow.cli.families import families
 from reelflow.cli.generate import generate
 from reelflow.cli.plan import plan
 from reelflow.cli.plot import plot
@@ -26,7 +28,7 @@ from reelflow.errors import ReelflowError
 __all__ = ["app", "main", "run"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
-for command in (generate, train, encode, evaluate, plan):
+for command in (generate, train, encode, evaluate, plan, compare, families):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plot, name="plot")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from reelflow.planning.cost import DiTCost, VAECost
     from reelflow.recipes.recipe import Recipe
 
-__all__ = ["Costs", "founding_tables", "model_table", "plan", "summary"]
+__all__ = ["Costs", "founding_tables", "model_table", "plan", "published_table", "summary"]
 
 FORMULA = """\
 FLOPs count a multiply-add as two, and matrix products and convolutions only. For N video and L context tokens of width
@@ -49,7 +49,7 @@ class Costs:
         whole = vae_cost(recipe.vae.model, shape.num_frames, shape.height, shape.width)
         crop = vae_cost(recipe.vae.model, loss.crop_frames, loss.crop_size, loss.crop_size)
         latents = recipe.vae.model.latent_shape(shape.num_frames, shape.height, shape.width)
-        dit = dit_cost(recipe.dit.model, latents[1:], recipe.text.max_words)
+        dit = dit_cost(recipe.dit.model, latents[1:], recipe.text.context_tokens)
         vae_samples, dit_samples = (t.batch_size * t.accumulate for t in (recipe.vae.training, recipe.dit.training))
         evaluations = count_evaluations(recipe.sampling, recipe.dit.flow.parameterization, dit.num_tokens)
         return cls(
@@ -76,7 +76,8 @@ def plan(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="A recipe (see: reelflow train --list), a founding model such as vdit-xl, or vdit for all."
+            help="A recipe (see: reelflow train --list), a published network such as wan.t2v_14b (see: reelflow families), "
+            "a founding model such as vdit-xl, or vdit for all."
         ),
     ] = None,
     *,
@@ -106,6 +107,10 @@ def plan(
     if name in known_recipes():
         _plan_recipe(name, assignments or [], extents, share)
         return
+    if "." in name:
+        print(published_table(name, assignments or [], **extents))
+        print("\n" + MODEL_FORMULA)
+        return
     models = _find_models(name, assignments or [])
     print(model_table(models, **extents))
     print("\n" + MODEL_FORMULA)
@@ -129,7 +134,7 @@ def _plan_recipe(name: str, assignments: Sequence[str], extents: Mapping[str, in
 
     table = Table("", "autoencoder", "transformer")
     vae, dit = chosen.vae.training, chosen.dit.training
-    trains_vae = chosen.vae.pretrained is None
+    trains_vae = chosen.vae.pretrained is None and bool(chosen.vae.model.encoder)
     times = [
         stage.steps * step / (share * peaks[stage.precision]) * trained
         for stage, step, trained in ((vae, costs.vae_step, trains_vae), (dit, costs.dit_step, True))
@@ -211,6 +216,41 @@ def model_table(
     if refusal is not None and not any(flops for _, _, _, _, flops, _, _ in rows):
         raise refusal
     return _markdown(("model", "clip", "parameters", "tokens + text", "forward", "attention", "held"), rows)
+
+
+def published_table(
+    name: str,
+    assignments: Sequence[str] = (),
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> str:
+    """Return what a published network costs on a clip, in Markdown.
+
+    Raises:
+        ConfigError: there is no network of this name, or the clip does not fit it.
+    """
+    from reelflow.config import set_values
+    from reelflow.families.published import find_size
+    from reelflow.planning.cost import dit_cost, training_bytes
+
+    family, size = find_size(name)
+    asked = zip((frames, height, width), size.clip or family.clip, strict=True)
+    clip = tuple(usual if given is None else given for given, usual in asked)
+    config = set_values(size.config, assignments)
+    cost = dit_cost(config, family.latent_shape(size, clip), family.context_tokens)
+    rows = (
+        ("clip", " x ".join(map(str, clip))),
+        ("tokens + text", f"{cost.num_tokens:,} + {cost.context_tokens}"),
+        ("parameters", f"{cost.num_parameters:,}"),
+        ("forward of one clip", _flops(cost.flops)),
+        ("of it attention", f"{_flops(cost.attention_flops)}, {cost.attention_flops / cost.flops:.0%}"),
+        ("training step of one clip", _flops(3 * cost.flops)),
+        ("weights in bfloat16", f"{2 * cost.num_parameters / 2**30:.1f} GiB"),
+        ("held in training", f"{training_bytes(cost.num_parameters) / 2**30:.1f} GiB"),
+    )
+    return _markdown((name, ""), rows)
 
 
 def founding_tables() -> str:

@@ -13,11 +13,14 @@ __all__ = ["find_recipe", "known_recipes"]
 
 def known_recipes() -> dict[str, Callable[[], "Recipe"]]:
     """Return every recipe by the name of its function, with hyphens."""
+    from reelflow.recipes import vdit
     from reelflow.recipes.folder import folder
-    from reelflow.recipes.vdit import vdit_gated_world, vdit_mm_world, vdit_text_world
     from reelflow.recipes.world import world
 
-    founding = (vdit_text_world, vdit_gated_world, vdit_mm_world)
+    founding = (
+        *(vdit.vdit_world, vdit.vdit_pixels_world),
+        *(vdit.vdit_text_world, vdit.vdit_gated_world, vdit.vdit_mm_world),
+    )
     return {recipe.__name__.replace("_", "-"): recipe for recipe in (world, folder, *founding)}
 
 

@@ -14,7 +14,7 @@ __all__ = ["train"]
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="What to train: world or folder (see --list).")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="What to train, such as world or folder (see --list).")] = None,
     *,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/RECIPE].")] = None,
     assignments: Annotated[
@@ -27,7 +27,7 @@ def train(
     """Train a model from a recipe. The same command goes on with a run that was stopped or killed."""
     if list_recipes:
         for name, function in known_recipes().items():
-            print(f"{name:10} {(function.__doc__ or '').splitlines()[0]}")
+            print(f"{name:18} {(function.__doc__ or '').splitlines()[0]}")
         return 0
     if recipe is None:
         raise ConfigError("give a recipe, such as: reelflow train world; --list says which there are")

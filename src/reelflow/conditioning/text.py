@@ -64,6 +64,15 @@ class HashedWords:
         if self.max_words < 1:
             raise ConfigError(f"max_words must be at least 1, got {self.max_words}")
 
+    @property
+    def doors(self) -> dict[str, int]:
+        """What a transformer must have to be conditioned so."""
+        return {"context_dim": self.dim, "vector_dim": self.dim, "num_classes": 0}
+
+    @property
+    def context_tokens(self) -> int:
+        return self.max_words
+
     def __call__(self, prompts: Sequence[str]) -> TextFeatures:
         """Encode prompts.
 

@@ -13,7 +13,6 @@ A `Rule` changes the prediction; `steered` starts from the conditional one, c, a
     AdaptiveProjection      g + (scale - 1) (orthogonal + eta parallel)    parts of c - u, across and along c's data
     away_from_perturbed     g + scale (c - p)                              p: the network with something left out
     rescale                 g + phi (std(c) / std(g) - 1) g
-    dynamic_threshold       g, with its data pressed into [-1, 1]
 
 A `Scale` is a number, a tensor that broadcasts to clips x latent frames (`over_frames`), or a function of such times
 (`stepwise`). At a point (x, t) every network is asked at most once, and not at all if no frame needs it. Norms and
@@ -38,12 +37,10 @@ __all__ = [
     "Point",
     "Rule",
     "Scale",
-    "Velocity",
     "away_from",
     "away_from_fitted",
     "away_from_perturbed",
     "composed",
-    "dynamic_threshold",
     "guided",
     "nested",
     "over_frames",
@@ -58,7 +55,6 @@ Latents = Float[Tensor, "B C T H W"]
 PerFrame = Float[Tensor, "B 1 T 1 1"]
 ScaleFunction = Callable[[Float[Tensor, "B T"]], Tensor | float]
 Scale = float | Tensor | ScaleFunction
-Velocity = Predict
 FLOW = Parameterization()
 TINY = 1e-30
 
@@ -367,29 +363,6 @@ def rescale(*, phi: Scale, parameterization: Parameterization | None = None) -> 
             return prediction + strength * (_gain(point, point.cond, prediction) - 1) * prediction
         cond, data = (space.estimate(point.x, output, point.t).data for output in (point.cond, prediction))
         change = strength * (_gain(point, cond, data) - 1) * data
-        return prediction + _output_change(space, change, point.t)
-
-    return rule
-
-
-def dynamic_threshold(*, quantile: float = 0.995, parameterization: Parameterization = FLOW) -> Rule:
-    """Clip the data at a quantile of its size, if that exceeds 1, and divide by it (Saharia et al. 2022, sec. 2.3).
-
-    For pixels in [-1, 1]. Frames that share a time share the greatest of their quantiles, so that none flickers.
-
-    Raises:
-        ConfigError: `quantile` is outside (0, 1].
-    """
-    if not 0 < quantile <= 1:
-        raise ConfigError(f"quantile must be above 0 and at most 1, got {quantile}; published: 0.995")
-    space = replace(parameterization, learned_variance=False)
-
-    def rule(point: Point, prediction: Latents) -> Latents:
-        data = space.estimate(point.x, prediction, point.t).data
-        sizes = data.abs().transpose(1, 2).flatten(2)  # B T CHW
-        bounds = sizes.kthvalue(math.ceil(quantile * sizes.shape[-1]), dim=-1).values
-        bound = along_frames((point.sharing * bounds[:, None, :]).amax(-1).clamp(min=1))
-        change = torch.where(point.active, data.clamp(-bound, bound) / bound - data, 0)
         return prediction + _output_change(space, change, point.t)
 
     return rule

@@ -33,16 +33,13 @@ __all__ = [
     "VarianceExploding",
     "VariancePreserving",
     "along_frames",
+    "as_read",
     "combine",
-    "data_from_velocity",
     "levels",
     "log_snr",
     "mix",
-    "noise_from_velocity",
-    "preconditioned",
     "preconditioning",
     "reverse_variances",
-    "velocity_of",
 ]
 
 Latents = Float[Tensor, "B C T H W"]
@@ -413,14 +410,9 @@ def preconditioning(process: Process, t: Time, *, data_std: float = 1.0) -> Prec
     return Preconditioning(alpha * data_std**2 / size**2, sigma * data_std / size, 1 / size)
 
 
-def preconditioned(network: Predict, process: Process, *, data_std: float = 1.0) -> Predict:
-    """Turn a network of unit-variance input and output into one that predicts data."""
-
-    def predict(x: Latents, t: Time) -> Latents:
-        c_skip, c_out, c_in = preconditioning(process, t, data_std=data_std)
-        return combine((c_skip, x), (c_out, network(combine((c_in, x)), t)))
-
-    return predict
+def as_read(process: Process, x: Latents, t: Time) -> Latents:
+    """Return x as a network reads it: of about unit variance, which only an exploding process does not give."""
+    return combine((preconditioning(process, t).c_in, x)) if isinstance(process, VarianceExploding) else x
 
 
 def along_frames(t: Time) -> Float[Tensor, "B 1 T_or_1 1 1"]:
@@ -441,21 +433,6 @@ def combine(*terms: tuple[Tensor, Latents]) -> Latents:
 def mix(data: Latents, noise: Latents, t: Time) -> Latents:
     """Return x_t of rectified flow; exactly `data` where t = 1 and exactly `noise` where t = 0."""
     return torch.lerp(noise, data, along_frames(t).to(data.dtype))
-
-
-def velocity_of(data: Latents, noise: Latents) -> Latents:
-    """Return dx/dt of rectified flow, the same at every t."""
-    return data - noise
-
-
-def data_from_velocity(x: Latents, velocity: Latents, t: Time) -> Latents:
-    """Return the data that x_t and the velocity of rectified flow imply: x + (1 - t) velocity."""
-    return x + (1 - along_frames(t)) * velocity
-
-
-def noise_from_velocity(x: Latents, velocity: Latents, t: Time) -> Latents:
-    """Return the noise that x_t and the velocity of rectified flow imply: x - t velocity."""
-    return x - along_frames(t) * velocity
 
 
 @lru_cache(maxsize=64)

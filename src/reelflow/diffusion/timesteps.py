@@ -36,9 +36,7 @@ __all__ = [
     "TableShift",
     "TimeDistribution",
     "Uniform",
-    "draw_logit_normal",
     "draw_times",
-    "draw_uniform",
     "inference_times",
     "shift_for",
     "shift_times",
@@ -167,22 +165,6 @@ def draw_times(
     if stratified:
         u = (torch.arange(num, device=generator.device) + u) / num
     return shift_times(distribution.quantile(u.double()).float(), shift)
-
-
-def draw_uniform(num: int, generator: torch.Generator, *, shift: float = 1.0) -> Float[Tensor, " {num}"]:
-    """Draw uniform times, then shift them (see `draw_times`)."""
-    return draw_times(Uniform(), num, generator, shift=shift)
-
-
-def draw_logit_normal(
-    num: int, generator: torch.Generator, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
-) -> Float[Tensor, " {num}"]:
-    """Draw times whose logit is normal, then shift them (see `draw_times`).
-
-    Raises:
-        ConfigError: `std` is not positive.
-    """
-    return draw_times(LogitNormal(mean, std), num, generator, shift=shift)
 
 
 def shift_times(t: Values, shift: float) -> Values:

@@ -127,6 +127,7 @@ def variational_bound(
     if raw is None:
         raise ConfigError("the variational bound trains a learned variance; set learned_variance=True")
     here, there = levels(parameterization.process, t), levels(parameterization.process, t_next)
+    raw = raw.where(there.sigma > 0, 0)  # also against gradients: 0 x infinity is not 0
     small, _ = reverse_variances(here, there)
     forgotten = 1 - (here.alpha * there.sigma / (there.alpha * here.sigma)) ** 2
     error = parameterization.estimate(x, output, t).data.detach() - data

@@ -21,18 +21,11 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reelflow.conditioning.labels import ClassWords
 from reelflow.conditioning.text import HashedWords, words_of
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.data.folder import ClipSpec
-from reelflow.diffusion.process import (
-    Parameterization,
-    Predict,
-    Process,
-    VarianceExploding,
-    combine,
-    levels,
-    preconditioning,
-)
+from reelflow.diffusion.process import Parameterization, Predict, as_read, combine, levels
 from reelflow.diffusion.rollout import rollout_given
 from reelflow.diffusion.samplers import Times
 from reelflow.errors import CheckpointError, ConfigError
@@ -56,7 +49,7 @@ class ModelCard:
 
     vae: VAEConfig
     dit: DiTConfig
-    text: HashedWords
+    text: HashedWords | ClassWords
     clip: ClipSpec  # what it was trained on
     sampling: Sampling
     words: tuple[str, ...] = ()  # of its captions; it knows no others
@@ -298,7 +291,7 @@ class Pipeline:
         space, null = self.card.parameterization, self.text_condition(len(noise) * [""])
 
         def under(c: Condition) -> Predict:
-            return lambda x, t: self.dit(_as_read(space.process, x, t), t, c).float()
+            return lambda x, t: self.dit(as_read(space.process, x, t), t, c).float()
 
         return guided_by(
             sampling.guidance,
@@ -363,8 +356,3 @@ def to_frames(clip: Float[Tensor, "3 T H W"]) -> UInt8[Tensor, "T H W 3"]:
 
 def _noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
     return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
-
-
-def _as_read(process: Process, x: Tensor, t: Tensor) -> Tensor:
-    """Return x as the network reads it: of about unit variance, which only an exploding process does not give."""
-    return combine((preconditioning(process, t).c_in, x)) if isinstance(process, VarianceExploding) else x

@@ -215,7 +215,13 @@ class Gate(nn.Module):
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
-            self.register_buffer("last", torch.tensor(0.5), persistent=False)
+            self.register_buffer("last", torch.empty(()), persistent=False)
+            self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Set what no checkpoint holds, after a way through the meta device."""
+        if self.linear is not None:
+            self.last.fill_(0.5)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "#B #N #heads"]:
         if self.linear is None:

@@ -2,9 +2,11 @@
 
 Layers     linear maps, the same for every token
 Refine     a small transformer over the tokens, told of the time and of the tokens' mean
+Sources    the tokens of several encoders, each through its own of these, side by side
 Pool       one vector for the whole context, by attention from its mean
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -15,12 +17,22 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
+from reelflow.models.condition import Source
 from reelflow.nn.attention import attend, split_heads
 from reelflow.nn.embed import Number, NumberEmbedding, VectorEmbedding
 from reelflow.nn.mlp import Mlp
 from reelflow.nn.modulation import gated
 
-__all__ = ["ContextLayers", "Layers", "Pool", "Refine", "Refiner", "build_context"]
+__all__ = [
+    "ContextLayers",
+    "ContextSources",
+    "Layers",
+    "Pool",
+    "Refine",
+    "Refiner",
+    "Sources",
+    "build_context",
+]
 
 
 @configuration
@@ -28,21 +40,22 @@ class Layers:
     """A `ContextLayers`: features of width `in_dim` through the widths `hidden` to the stream's, a line if there are none.
 
     Raises:
-        ConfigError: a width is below 1, or `positions` is negative.
+        ConfigError: a width is below 1, or `positions` or `null` is negative.
     """
 
     in_dim: int
     hidden: tuple[int, ...] = ()
     activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu_tanh"
-    norms: bool = False  # layer norms with weights, of eps 1e-5, before the first map and after the last
+    norms: bool | Literal["in"] = False  # layer norms with weights, of eps 1e-5, before the maps, and if true after
     positions: int = 0  # tokens to which learned vectors are added first
+    null: int = 0  # tokens of features that stand for no condition, kept as a checkpoint has them, for guidance
     kind: Literal["layers"] = "layers"
 
     def __post_init__(self) -> None:
-        if min(self.in_dim, *self.hidden, 1) < 1 or self.positions < 0:
+        if min(self.in_dim, *self.hidden, 1) < 1 or min(self.positions, self.null) < 0:
             raise ConfigError(
-                f"widths are at least 1 and positions at least 0, got in_dim={self.in_dim}, hidden={self.hidden}, "
-                f"positions={self.positions}"
+                f"widths are at least 1, positions and null at least 0, got in_dim={self.in_dim}, hidden={self.hidden}, "
+                f"positions={self.positions}, null={self.null}"
             )
 
 
@@ -64,17 +77,41 @@ class Refine:
             raise ConfigError(f"in_dim and depth are at least 1, got {self.in_dim} and {self.depth}")
 
 
+@configuration
+class Sources:
+    """A `ContextSources`: the context's way to the stream, and those of the further contexts of a `Condition`.
+
+    Raises:
+        ConfigError: there is no source.
+    """
+
+    sources: tuple[Layers | Refine, ...]
+    kind: Literal["sources"] = "sources"
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("a context has at least one source; without a context, set it to null")
+
+    @property
+    def in_dim(self) -> int:
+        """Width of the first source's features."""
+        return self.sources[0].in_dim
+
+
 class ContextLayers(nn.Module):
-    """The maps of `Layers`."""
+    """The maps of `Layers`, and in `null` the features that stand for no condition, zero until a checkpoint is read."""
+
+    null: Tensor | None
 
     def __init__(self, config: Layers, dim: int) -> None:
         super().__init__()
         self.config = config
+        self.register_buffer("null", torch.zeros(config.null, config.in_dim) if config.null else None)
         start = torch.zeros(config.positions, config.in_dim) if config.positions else None
         self.positions = None if start is None else nn.Parameter(start)
         self.norm_in = nn.LayerNorm(config.in_dim) if config.norms else None
         self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((config.in_dim, *config.hidden, dim)))
-        self.norm_out = nn.LayerNorm(dim) if config.norms else None
+        self.norm_out = nn.LayerNorm(dim) if config.norms is True else None
 
     def forward(
         self, x: Float[Tensor, "B L F"], mask: Bool[Tensor, "B L"] | None, t: Float[Tensor, "B groups"]
@@ -142,6 +179,22 @@ class Refiner(nn.Module):
         return x
 
 
+class ContextSources(nn.Module):
+    """Contexts side by side, to the tokens of each a learned vector added that says whose they are (`Sources`)."""
+
+    def __init__(self, config: Sources, dim: int, num_heads: int, time: Number) -> None:
+        super().__init__()
+        self.sources = nn.ModuleList(build_context(source, dim, num_heads, time) for source in config.sources)
+        self.kinds = nn.Parameter(nn.init.normal_(torch.empty(len(config.sources), dim), std=0.02))
+
+    def forward(self, sources: Sequence[Source], t: Float[Tensor, "B groups"]) -> Source:
+        """Join what `sources` become, in their order."""
+        rows = zip(self.sources, sources, self.kinds, strict=True)
+        tokens = torch.cat([door(source.tokens, source.mask, t) + kind for door, source, kind in rows], dim=1)
+        masked = any(source.mask is not None for source in sources)
+        return Source(tokens, torch.cat([source.real() for source in sources], dim=1) if masked else None)
+
+
 class Pool(nn.Module):
     """One vector for a context, by attention of its mean to the mean and all tokens."""
 
@@ -167,8 +220,12 @@ def _mean(x: Float[Tensor, "B L F"], mask: Bool[Tensor, "B L"] | None) -> Float[
     return (x * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
-def build_context(config: Layers | Refine, dim: int, num_heads: int, time: Number) -> ContextLayers | Refiner:
+def build_context(
+    config: Layers | Refine | Sources, dim: int, num_heads: int, time: Number
+) -> ContextLayers | Refiner | ContextSources:
     """Return the module of a context's way to a stream of width `dim`."""
     if isinstance(config, Layers):
         return ContextLayers(config, dim)
+    if isinstance(config, Sources):
+        return ContextSources(config, dim, num_heads, time)
     return Refiner(config, dim, num_heads, time)

@@ -1,7 +1,7 @@
 """The video transformer: embed the latents' patches, walk a list of blocks, read out a prediction.
 
     tokens  = linear(patches of latents [+ channels door] [+ stem]) [+ positions] [+ residual door]
-    context = layers or refiner(context door)
+    context = layers or refiner(context door), of each of its sources
     vector  = embed(t) [+ embed(vector door)] [+ embed(numbers)] [+ class row] [+ pool(context door)]
                                                                        one per clip, per frame or per token
     tokens  = blocks(tokens, context, vector, rotary positions)
@@ -16,14 +16,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Branches, Cross, Layer, Single, Streams, Widths, build_block
-from reelflow.models.condition import Condition
-from reelflow.models.context import ContextLayers, Layers, Pool, Refine, build_context
+from reelflow.models.condition import Condition, Source
+from reelflow.models.context import ContextLayers, ContextSources, Layers, Pool, Refine, Sources, build_context
 from reelflow.nn.embed import Learned, LearnedPositions, Number, NumberEmbedding, SinCos, VectorEmbedding
 from reelflow.nn.mlp import Activation
 from reelflow.nn.modulation import Modulation, Table, modulate
@@ -76,7 +76,7 @@ class DiTConfig:
     time: Number = Number()  # how t becomes a vector
     vector_width: int = 0  # of the vector of time and the rest; 0: dim
     stem: int = 0  # channels of a 3 x 3 x 3 convolution set beside the latents, so that patches know their neighbours
-    context: Layers | Refine | None = None  # context door
+    context: Layers | Refine | Sources | None = None  # context door
     context_width: int = 0  # width of the context stream inside; 0: dim
     pool: int = 0  # heads of attention that makes one vector of the context; 0: none is made
     image: Layers | None = None  # image door
@@ -111,6 +111,12 @@ class DiTConfig:
         for absolute in self.absolute:
             if isinstance(absolute, SinCos) and absolute.split is not None:
                 check_axes(absolute.split, self.dim, parts="sin-cos parts", whole="width")
+            together = self.context is not None and self.context_width in (0, self.dim)
+            if isinstance(absolute, Learned) and absolute.context and not together:
+                raise ConfigError(
+                    "positions of context and clip in one table need a context as wide as the clip's tokens; got "
+                    f"context={self.context}, dim={self.dim}, context_width={self.context_width}"
+                )
         if (self.extension is None) != (self.trained is None) or (self.extension and self.frequencies == "learned"):
             raise ConfigError(
                 "an extension needs the trained lengths, and fixed frequencies; got "
@@ -227,13 +233,14 @@ class VideoDiT(nn.Module):
         # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
         single = vector if t.shape[1] == 1 else self._vector(t.amin(1, keepdim=True), condition)
         rope = self._rope(grid, token_rate, x.device)
+        context = self._context(condition, x, t)
         streams = Streams(
             video=x,
-            context=self._context(condition, x, t),
+            context=context.tokens,
             vector=self._chunks(vector),
             context_vector=self._chunks(single),
             rope=None if rope is None else rope.to(torch.promote_types(x.dtype, torch.float32)),
-            mask=self._mask(condition, grid),
+            mask=_with_video(context.mask, grid),
             grid=grid,
             image=None if self.image is None else self.image(condition.image, None, t).to(x.dtype),
         )
@@ -255,7 +262,7 @@ class VideoDiT(nn.Module):
             if isinstance(absolute, Learned):
                 table = next(tables)
                 x = x + table(grid).to(x.dtype) if block == 0 else x
-            elif absolute.before == block:
+            elif absolute.before == block and (grid.t > 1 or absolute.still):
                 x = x + absolute.vectors(grid, self.config.dim, x.device).to(x.dtype)
         return x
 
@@ -285,6 +292,10 @@ class VideoDiT(nn.Module):
                 raise ConfigError(f"the model {'needs' if width else 'has no door for'} condition.{name}")
             if given is not None and name != "label" and given.shape[-1] != width:
                 raise ConfigError(f"the model reads condition.{name} of width {width}, got {given.shape[-1]}")
+        sources = self.config.context.sources if isinstance(self.config.context, Sources) else ()
+        widths, found = [s.in_dim for s in sources[1:]], [s.tokens.shape[-1] for s in condition.further or ()]
+        if widths != found:
+            raise ConfigError(f"the model reads condition.further of widths {widths}, got {found}")
         return t if t.ndim == 2 else t[:, None]
 
     def _rope(self, grid: Grid, token_rate: float | Tensor | None, device: torch.device) -> Rope | None:
@@ -324,13 +335,22 @@ class VideoDiT(nn.Module):
             total = total + self.pool(condition.context, condition.context_mask)[:, None]
         return total
 
-    def _context(self, condition: Condition, x: Tensor, t: Tensor) -> Float[Tensor, "B L C"]:
+    def _context(self, condition: Condition, x: Tensor, t: Tensor) -> Source:
         if self.context is None or condition.context is None:
-            return x.new_zeros(x.shape[0], 0, self.config.context_width or self.config.dim)
-        return self.context(condition.context, condition.context_mask, t).to(x.dtype)
+            return Source(x.new_zeros(x.shape[0], 0, self.config.context_width or self.config.dim))
+        if isinstance(self.context, ContextSources):
+            tokens, mask = self.context(condition.sources, t)
+        else:
+            tokens, mask = self.context(condition.context, condition.context_mask, t), condition.context_mask
+        tokens = tokens.to(x.dtype)
+        for table in self.tables:
+            if isinstance(table, LearnedPositions) and table.config.context:
+                tokens = tokens + table.of_context(tokens.shape[1]).to(x.dtype)
+        return Source(tokens, mask)
 
-    def _mask(self, condition: Condition, grid: Grid) -> Tensor | None:
-        if condition.context_mask is None:
-            return None
-        seen = condition.context_mask.new_ones(condition.context_mask.shape[0], grid.num_tokens)
-        return torch.cat([condition.context_mask, seen], dim=1)[:, None, None]
+
+def _with_video(mask: Bool[Tensor, "B L"] | None, grid: Grid) -> Bool[Tensor, "B 1 1 M"] | None:
+    """Extend the context's mask by the video's tokens, which none hides."""
+    if mask is None:
+        return None
+    return torch.cat([mask, mask.new_ones(mask.shape[0], grid.num_tokens)], dim=1)[:, None, None]

@@ -51,6 +51,8 @@ class Stage:
 class VAEConfig:
     """Shape of a `CausalVAE`; the compression is the product of the patch and the stages' factors.
 
+    Without stages, encoder=() and decoder=(), latents are the pixels: folded by the patch and scaled to unit variance.
+
     Raises:
         ConfigError: encoder and decoder disagree about the compression, or widths do not divide.
     """
@@ -65,8 +67,13 @@ class VAEConfig:
     time_padding: TimePadding = "first"
 
     def __post_init__(self) -> None:
-        if self.latent_channels < 1 or self.patch < 1 or not self.encoder or not self.decoder:
+        if self.latent_channels < 1 or self.patch < 1 or bool(self.encoder) != bool(self.decoder):
             raise ConfigError("a VAE needs latent_channels >= 1, patch >= 1, and stages in encoder and decoder")
+        if not self.encoder and self.latent_channels != 3 * self.patch**2:
+            raise ConfigError(
+                f"without stages latents are pixels, {3 * self.patch**2} channels of a patch of {self.patch}, "
+                f"got latent_channels={self.latent_channels}; nearest: {3 * self.patch**2}"
+            )
         for axis in ("space", "time"):
             down, up = (prod(getattr(s, axis) for s in stages) for stages in (self.encoder, self.decoder))
             if down != up:
@@ -188,10 +195,12 @@ class CausalVAE(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = CausalSequence(_encoder_layers(config))
-        self.decoder = CausalSequence(_decoder_layers(config))
+        self.encoder = CausalSequence(_encoder_layers(config) if config.encoder else ())
+        self.decoder = CausalSequence(_decoder_layers(config) if config.decoder else ())
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        if not config.encoder:
+            return
         head = self.encoder[-1]
         assert isinstance(head, CausalConv3d)
         assert head.conv.bias is not None
@@ -278,7 +287,7 @@ class CausalVAE(nn.Module):
         p = self.config.patch
         x = rearrange(clip, "B C T (H h) (W w) -> B (C h w) T H W", h=p, w=p)
         x, state = self.encoder(x.contiguous(memory_format=torch.channels_last_3d), state)
-        mean, logvar = x.chunk(2, dim=1)
+        mean, logvar = x.chunk(2, dim=1) if self.encoder else (x, torch.full_like(x, -30))
         std = self._per_channel(self.latent_std)
         mean = (mean - self._per_channel(self.latent_mean)) / std
         return Posterior(mean, logvar.clamp(-30, 20) - 2 * std.log()), state

@@ -1,5 +1,6 @@
 """Weights from safetensors files into models: all of them, or an error that lists what differs."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from reelflow.errors import CheckpointError
 
-__all__ = ["load_weights", "read_tensors"]
+__all__ = ["count_names", "load_weights", "read_tensors"]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -35,19 +36,26 @@ def load_weights(path: Path, model: nn.Module) -> None:
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (
-            ("missing", [name for name in expected if name not in found]),
-            ("unexpected", [name for name in found if name not in expected]),
-            ("of another shape", reshaped),
-        )
-        if names
-    ]
+    problems = count_names(
+        {
+            "missing": [name for name in expected if name not in found],
+            "unexpected": [name for name in found if name not in expected],
+            "of another shape": reshaped,
+        }
+    )
     if problems:
         raise CheckpointError(
-            f"{path} is a checkpoint of another model: {'; '.join(problems)}; build {type(model).__name__} from the "
+            f"{path} is a checkpoint of another model: {problems}; build {type(model).__name__} from the "
             f"configuration stored with the weights"
         )
     for name, value in expected.items():
         value.copy_(found[name])
+
+
+def count_names(lists: Mapping[str, Sequence[str]]) -> str:
+    """Phrase lists of names, by what is wrong with them, as counts with the first three of each; "" if all are empty."""
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in lists.items()
+        if names
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.nn.rope import Coordinates, Steps, check_axes, token_positions
+from reelflow.nn.rope import Coordinates, Steps, check_axes, grid_positions, token_positions
 
 __all__ = [
     "Learned",
@@ -62,6 +62,7 @@ class SinCos:
     coordinates: Coordinates = Steps()
     order: Literal["thw", "twh"] = "thw"  # of the axes' channels
     before: int = 0  # the block that they are added before
+    still: bool = True  # added to a clip of one frame too
     kind: Literal["sincos"] = "sincos"
 
     def __post_init__(self) -> None:
@@ -115,33 +116,44 @@ class Learned:
     """Learned vectors added to tokens, for grids up to `size`.
 
     Raises:
-        ConfigError: an extent is below 1.
+        ConfigError: an extent is below 1, or tables of single axes are frozen or have vectors for a context.
     """
 
     size: tuple[int, int, int]  # tokens along t, h, w
     form: Literal["axes", "grid"] = "axes"  # a table for each axis, summed; or one vector for each place of the grid
     beyond: Literal["refuse", "interpolate"] = "refuse"  # a longer axis: refuse, or stretch its table from end to end
+    at: Literal["corner", "centre"] = "corner"  # where a smaller grid lies in the table
+    context: int = 0  # tokens of the context that have vectors too, in the same table, before the grid's
+    frozen: bool = False  # never trained, but kept as a checkpoint has them; sinusoids until one is read
     kind: Literal["learned"] = "learned"
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ConfigError(f"a position table holds at least 1 token along each axis, got {self.size}")
+        if (self.form == "axes" and (self.context or self.frozen)) or self.context < 0:
+            raise ConfigError(
+                f"vectors for a context, and frozen ones, need one for each place; got form={self.form!r}, "
+                f'context={self.context}, frozen={self.frozen}; nearest: form="grid"'
+            )
 
 
 class LearnedPositions(nn.Module):
-    """The tables of `Learned`; a grid smaller than they are reads their first rows."""
+    """The tables of `Learned`."""
 
     def __init__(self, config: Learned, dim: int) -> None:
         super().__init__()
         self.config = config
         own: list[tuple[int, ...]] = [(0,), (1,), (2,)] if config.form == "axes" else [(0, 1, 2)]
         self.own = own  # the axes along which each table extends; it has extent 1 along the others
-        self.tables = nn.ParameterList(
-            nn.init.normal_(
-                torch.empty(*(n if axis in axes else 1 for axis, n in enumerate(config.size)), dim), std=0.02
-            )
-            for axes in own
-        )
+        if config.form == "axes":
+            shapes = [[n if axis in axes else 1 for axis, n in enumerate(config.size)] for axes in own]
+        else:
+            shapes = [[config.context + math.prod(config.size)]]  # the context's tokens, then the grid's in scan order
+        starts = [nn.init.normal_(torch.empty(*shape, dim), std=0.02) for shape in shapes]
+        if config.frozen:
+            waves = grid_sinusoid(grid_positions(*config.size), dim).to(starts[0].dtype)
+            starts = [F.pad(waves, (0, 0, config.context, 0))]
+        self.tables = nn.ParameterList(nn.Parameter(start, requires_grad=not config.frozen) for start in starts)
 
     def forward(self, grid: Sequence[int]) -> Float[Tensor, "N D"]:
         """Return one vector for each token of a (T, H, W) grid, in scan order.
@@ -151,15 +163,27 @@ class LearnedPositions(nn.Module):
         """
         total = self.tables[0].new_zeros(1)
         for axes, table in zip(self.own, self.tables, strict=True):
+            if self.config.form == "grid":
+                table = table[self.config.context :].unflatten(0, self.config.size)
             for axis in axes:
                 table = self._fit(table, axis, grid[axis])
             total = total + table
         return total.flatten(0, 2)
 
+    def of_context(self, length: int) -> Float[Tensor, "L D"]:
+        """Return one vector for each of the context's `length` tokens.
+
+        Raises:
+            ConfigError: the table is for another number of them.
+        """
+        if length != self.config.context:
+            raise ConfigError(f"the position table is for {self.config.context} context tokens, got {length}")
+        return self.tables[0][:length]
+
     def _fit(self, table: Tensor, axis: int, length: int) -> Tensor:
         rows = table.shape[axis]
         if length <= rows:
-            return table.narrow(axis, 0, length)
+            return table.narrow(axis, (rows - length) // 2 if self.config.at == "centre" else 0, length)
         if self.config.beyond == "refuse":
             raise ConfigError(
                 f"the position table holds {rows} tokens along {'thw'[axis]}, got {length}; nearest: {rows}, "

@@ -1,6 +1,6 @@
 """Rotary positions: where each token stands, how fast each channel pair turns, and the turning itself.
 
-    grid        -> positions (B) N axes      `Steps`, `Spans`, `Centred`, or any numbers of your own
+    grid        -> positions (B) N axes      `Steps`, `Spans`, `Centred`, `Inscribed`, `Squared`, or your own
     positions   -> table (B) (heads) N half 2: cos and sin of position * frequency, one frequency for each pair
     table, x    -> x with the channel pair (2i, 2i + 1) turned by its angle
 
@@ -28,11 +28,13 @@ __all__ = [
     "Centred",
     "Coordinates",
     "Extension",
+    "Inscribed",
     "Interpolate",
     "Ntk",
     "Riflex",
     "Rope",
     "Spans",
+    "Squared",
     "Steps",
     "Stretch",
     "Yarn",
@@ -155,7 +157,63 @@ class Centred:
         return (1.0, side, side), (0.0, (1 - height) / 2 * side, (1 - width) / 2 * side)
 
 
-Coordinates = Steps | Spans | Centred
+@configuration
+class Inscribed:
+    """Time counts tokens from 0; rows and columns fill the largest box of their proportions inside `h` x `w` tokens.
+
+    The box has whole sides and lies in the middle. Along a side from a to b, n tokens stand evenly from a to
+    b (n - 1) / n, as published code has it: edges of equal cells if a = 0, and a little apart from them otherwise.
+
+    Raises:
+        ConfigError: a side is below 1.
+    """
+
+    h: int
+    w: int
+    kind: Literal["inscribed"] = "inscribed"
+
+    def __post_init__(self) -> None:
+        if min(self.h, self.w) < 1:
+            raise ConfigError(f"a box has sides of at least 1 token, got {self.h} x {self.w}")
+
+    def line(self, grid: Sequence[int]) -> tuple[Triple, Triple]:
+        _, height, width = grid
+        scale = min(self.h / height, self.w / width)
+        steps, starts = [1.0], [0.0]
+        for side, n in ((self.h, height), (self.w, width)):
+            box = round(n * scale)
+            start = float(round((side - box) / 2))
+            steps.append(((start + box) * (n - 1) / n - start) / max(n - 1, 1))
+            starts.append(start)
+        return (steps[0], steps[1], steps[2]), (starts[0], starts[1], starts[2])
+
+
+@configuration
+class Squared:
+    """Time counts tokens from 0; rows and columns are edges of equal cells along sides of `side` n / sqrt(H W).
+
+    n is sqrt(H W) rounded: whatever its proportions, a clip is shown as a square of n x n tokens, which has the side
+    `side` if n is exact.
+
+    Raises:
+        ConfigError: `side` is not positive.
+    """
+
+    side: float
+    kind: Literal["squared"] = "squared"
+
+    def __post_init__(self) -> None:
+        if not self.side > 0:
+            raise ConfigError(f"side must be positive, got {self.side}; 32 shows every clip as 32 x 32 tokens")
+
+    def line(self, grid: Sequence[int]) -> tuple[Triple, Triple]:
+        _, height, width = grid
+        root = math.sqrt(height * width)
+        side = self.side * round(root) / root
+        return (1.0, side / height, side / width), (0.0, 0.0, 0.0)
+
+
+Coordinates = Steps | Spans | Centred | Inscribed | Squared
 
 
 def grid_positions(

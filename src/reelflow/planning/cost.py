@@ -12,6 +12,7 @@ For the blocks these are exactly the operations that a forward of one clip with 
 A training step costs three forwards: one, and two for the gradients of inputs and weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from reelflow.errors import ConfigError
 from reelflow.models.blocks import (
     BranchesBlock,
     CrossAttention,
@@ -28,6 +30,8 @@ from reelflow.models.blocks import (
     SingleBlock,
     TiedStream,
 )
+from reelflow.models.condition import Source
+from reelflow.models.context import ContextSources, Sources
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, VAEConfig
 from reelflow.nn.patchify import Grid, token_grid
@@ -73,14 +77,21 @@ def count_flops(model: nn.Module, *inputs: object) -> int:
     return counter.get_total_flops()
 
 
-def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_tokens: int) -> DiTCost:
+def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_tokens: int | Sequence[int]) -> DiTCost:
     """Cost of one forward of the transformer over latents of extents (t, h, w), by the formula above.
 
+    A context of several sources has a number of tokens for each.
+
     Raises:
-        ConfigError: the extents do not fit the patch, or a pattern of attention does not fit the grid of tokens.
+        ConfigError: the extents do not fit the patch, a pattern of attention does not fit the grid of tokens, or the
+            context has another number of sources.
     """
     with torch.device("meta"):
         model = VideoDiT(config)
+    lengths = [context_tokens] if isinstance(context_tokens, int) else list(context_tokens)
+    context = config.context.sources if isinstance(config.context, Sources) else (config.context,)
+    if len(lengths) != len(context):
+        raise ConfigError(f"context_tokens takes one number for each of {len(context)} sources, got {context_tokens}")
     grid = token_grid(latent_shape, config.patch)
     matrices = grid.num_tokens * (_weights(model.embed) + _weights(model.out))
     matrices += prod(latent_shape) * _weights(model.stem)
@@ -89,15 +100,24 @@ def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_toke
     matrices += image_tokens * _weights(model.image)
     pairs = 0
     for block in model.blocks:
-        matrices += _block_matrices(block, grid.num_tokens, context_tokens, image_tokens)
-        pairs += _block_pairs(block, grid, context_tokens, image_tokens)
-    features, t = (torch.empty(1, n, device="meta") for n in (context_tokens * config.context_dim, 1))
-    doors = [(door, args) for door, args in ((model.context, (None, t)), (model.pool, (None,))) if door is not None]
-    front = sum(count_flops(door, features.unflatten(1, (context_tokens, -1)), *args) for door, args in doors)
+        matrices += _block_matrices(block, grid.num_tokens, sum(lengths), image_tokens)
+        pairs += _block_pairs(block, grid, sum(lengths), image_tokens)
+    t = torch.empty(1, 1, device="meta")
+    sources = [
+        Source(torch.empty(1, length, 0 if source is None else source.in_dim, device="meta"))
+        for source, length in zip(context, lengths, strict=True)
+    ]
+    front = 0
+    if isinstance(model.context, ContextSources):
+        front += count_flops(model.context, sources, t)
+    elif model.context is not None:
+        front += count_flops(model.context, *sources[0], t)
+    if model.pool is not None:
+        front += count_flops(model.pool, *sources[0])
     return DiTCost(
         num_parameters=num_parameters(model),
         num_tokens=grid.num_tokens,
-        context_tokens=context_tokens,
+        context_tokens=sum(lengths),
         attention_flops=4 * config.dim * pairs,
         matrix_flops=2 * matrices + front,
     )

@@ -1,7 +1,8 @@
 """What a comparison found, as one HTML page, as Markdown tables and as plots; `results.json` is a `Report`.
 
 Every number in the tables is mean ± standard deviation over the seeds. Two variants are told apart where their means
-differ by more than twice the standard error of the difference; else the page says that they are not.
+differ by more than twice the standard error of the difference; else the page says that they are not. What a number
+does not say stands in `reading`.
 """
 
 import base64
@@ -18,7 +19,18 @@ from typing import Any, NamedTuple
 from reelflow.config import configuration, to_dict
 from reelflow.recipes.plot import Series, line_plot_svg, svg_file
 
-__all__ = ["Facts", "Outcome", "Report", "Scores", "claims", "dot_plot_svg", "tables", "write_report"]
+__all__ = [
+    "Facts",
+    "Outcome",
+    "Report",
+    "Scores",
+    "claims",
+    "dot_plot_svg",
+    "reading",
+    "summary",
+    "tables",
+    "write_report",
+]
 
 
 @configuration
@@ -105,6 +117,7 @@ class Part(NamedTuple):
     name: str
     title: str
     variants: dict[str, str]
+    same_data: bool = True  # so that errors of the velocity compare
 
 
 OBJECTIVES = {
@@ -129,7 +142,7 @@ PARTS = (
     Part("objective", "Rectified flow and v-prediction", OBJECTIVES),
     Part("time_small", "Time, small clips", SMALL),
     Part("time_large", "Time, large clips", LARGE),
-    Part("space", "Latents and pixels", {"full": "latents", "pixel": "pixels"}),
+    Part("space", "Latents and pixels", {"full": "latents", "pixel": "pixels"}, same_data=False),
 )
 USUAL = "usual"
 SCALES = (1.0, 3.5, 7.5, 15.0)
@@ -204,10 +217,12 @@ class TableOf(NamedTuple):
 def tables(report: Report) -> list[TableOf]:
     """Return a table for each question whose variants were run, and one of what real clips score."""
     columns: tuple[Column, ...] = (STEPS, SECONDS, *QUALITY, VALIDATION)
-    made = [_table(part.title, report.sides(part.variants).values(), USUAL, columns) for part in PARTS]
+    made = [
+        _table(part.title, report.sides(part.variants).values(), USUAL, columns if part.same_data else columns[:-1])
+        for part in PARTS
+    ]
     again = [
-        Side(f"{side.label}, {side.outcomes[0].size} x {side.outcomes[0].size}", side.outcomes)
-        for side in report.sides({**SMALL, **LARGE}).values()
+        Side(f"{side.label}, {_square(side)}", side.outcomes) for side in report.sides({**SMALL, **LARGE}).values()
     ]
     made.append(_table("Time, sampled at shift 3", again, "shift 3", QUALITY))
     made.append(_table("Four steps", report.sides(OBJECTIVES).values(), "4 steps", (*QUALITY, MOVED)))
@@ -273,13 +288,12 @@ def _on_attention(report: Report) -> Iterator[Claim]:
         return
     full = sides.pop("full")
     if factorised := sides.get("factorised"):
-        a, b = full.outcomes[0], factorised.outcomes[0]
-        space = a.num_tokens // a.num_frames
+        a, num_frames = full.outcomes[0].num_tokens, full.outcomes[0].num_frames
+        space = a // num_frames
         yield Claim(
             "Factorised attention costs S T / (S + T) times less than full attention.",
-            f"S = {space}, T = {a.num_frames}: {space * a.num_frames / (space + a.num_frames):.2f} by the formula; here "
-            f"attention's FLOPs fall {a.attention_gigaflops / b.attention_gigaflops:.2f} times, a step's FLOPs "
-            f"{_flops(a) / _flops(b):.2f} times and its CPU time {_per_step(full) / _per_step(factorised):.2f} times.",
+            f"S = {space}, T = {num_frames}: {a / (space + num_frames):.2f} by the formula, twice that here, because two full "
+            f"attentions stand against one in space and one in time, so that weights are equal. {_cheaper(full, factorised)}",
         )
     said = {
         "factorised": "Factorised attention gives more for the same compute.",
@@ -289,8 +303,9 @@ def _on_attention(report: Report) -> Iterator[Claim]:
     }
     for name, side in sides.items():
         alphas = [alpha for outcome in side.outcomes for alpha in outcome.gates.values()]
-        gate = f" alpha went from 0.5 to {min(alphas):.2f} .. {max(alphas):.2f}." if alphas else ""
-        yield Claim(said[name], _versus(full, side, ALL, VALIDATION, FRECHET, SECONDS) + gate)
+        gate = f" alpha, 0.5 at first, ended between {min(alphas):.2f} and {max(alphas):.2f}." if alphas else ""
+        cost = "" if name == "factorised" else f" {_cheaper(full, side)}"
+        yield Claim(said[name], _versus(full, side, ALL, VALIDATION, FRECHET, SECONDS) + cost + gate)
 
 
 def _on_learning(report: Report) -> Iterator[Claim]:
@@ -299,14 +314,16 @@ def _on_learning(report: Report) -> Iterator[Claim]:
         for side in sides.values():
             yield Claim(
                 "Rectified flow learns better than v-prediction, and its paths are straighter, so that few steps suffice.",
-                f"{_versus(side, v, ALL, VALIDATION, FRECHET)} With 4 steps: {_versus(side, v, ALL, MOVED, way='4 steps')}",
+                f"{_versus(side, v, ALL, VALIDATION, FRECHET)} With 4 steps: "
+                f"{_versus(side, v, ALL, FRECHET, MOVED, way='4 steps')}",
             )
     for said, first, second in (
         ("Logit-normal times learn better than uniform ones.", "uniform", "full"),
         ("Time should be shifted towards noise as resolution grows.", "full", "shifted"),
     ):
         measured = [
-            f"{a.outcomes[0].size} x {a.outcomes[0].size}: {_versus(a, b, ALL, FRECHET, VALIDATION)}"
+            f"{_square(a)}: {_versus(a, b, ALL, FRECHET, VALIDATION)}"
+            + (f" Sampled at shift 3: {_versus(a, b, ALL, FRECHET, way='shift 3')}" if second == "shifted" else "")
             for names in (SMALL, LARGE)
             for pair in [report.sides({n: v for n, v in names.items() if n in _sized(names, first, second)})]
             if len(pair) == 2
@@ -321,8 +338,9 @@ def _on_learning(report: Report) -> Iterator[Claim]:
         yield Claim(
             "Latents hold 192 times fewer values than the clip, so the same compute teaches far more.",
             f"This autoencoder leaves {report.facts.compression:.1f} times fewer values, and {tokens:.1f} times fewer tokens. "
-            f"{_versus(latent, pixel, STEPS, ALL, FRECHET)} The autoencoder itself took {report.facts.vae_teraflops:.1f} "
-            f"teraflops of training; a run took {latent.outcomes[0].teraflops:.1f}.",
+            f"{_versus(latent, pixel, STEPS, ALL, FRECHET)} Not in that compute: the autoencoder's own training, "
+            f"{report.facts.vae_teraflops:.1f} teraflops beside {latent.outcomes[0].teraflops:.1f} of a run. Real clips that "
+            f"only went through it are at a Fréchet of {report.facts.rebuilt[str(latent.outcomes[0].size)].frechet:.2f}.",
         )
 
 
@@ -341,19 +359,27 @@ def _on_guidance(report: Report) -> Iterator[Claim]:
     scales = ", ".join(_scale(way) for way in ways)
     yield Claim(
         "Guidance of 7.5 is the usual sweet spot.",
-        f"At {scales}: all three {_across(full, ways, ALL)} %, most at {_scale(best)}; "
-        f"Fréchet {_across(full, ways, FRECHET)}, least at {_scale(near)}.",
+        f"At {scales}: all three {_across(full, ways, ALL)} %, most at {_scale(best)}{_equals(full, ways, best, ALL)}; "
+        f"Fréchet {_across(full, ways, FRECHET)}, least at {_scale(near)}{_equals(full, ways, near, FRECHET)}.",
     )
     real = report.facts.real[str(full[0].size)]
     yield Claim(
         "More guidance oversaturates, flickers and makes the clips of a prompt alike.",
         f"At {scales} (and real clips): "
-        f"chroma {_across(full, ways, CHROMA)} ({real.chroma:.3f}); "
-        f"clipped pixels {_across(full, ways, OUTSIDE)} % ({100 * real.outside:.1f}); "
-        f"flicker x 1000 {_across(full, ways, FLICKER)} ({1000 * real.flicker:.1f}); "
-        f"jitter x 1000 {_across(full, ways, JITTER)} ({1000 * real.jitter:.1f}); "
-        f"spread of pictures {_across(full, ways, PICTURES)} ({real.picture_spread:.3f}); "
-        f"spread of places {_across(full, ways, PLACES)} ({real.place_spread or math.nan:.3f}).",
+        f"chroma {_across(full, ways, CHROMA)} ({real.chroma:.3f}){_ends(full, ways, CHROMA)}; "
+        f"clipped pixels {_across(full, ways, OUTSIDE)} % ({100 * real.outside:.1f}){_ends(full, ways, OUTSIDE)}; "
+        f"flicker x 1000 {_across(full, ways, FLICKER)} ({1000 * real.flicker:.1f}){_ends(full, ways, FLICKER)}; "
+        f"jitter x 1000 {_across(full, ways, JITTER)} ({1000 * real.jitter:.1f}){_ends(full, ways, JITTER)}; "
+        f"spread of pictures {_across(full, ways, PICTURES)} ({real.picture_spread:.3f}){_ends(full, ways, PICTURES)}; "
+        f"spread of places {_across(full, ways, PLACES)} ({real.place_spread or math.nan:.3f}){_ends(full, ways, PLACES)}.",
+    )
+
+
+def _cheaper(full: Side, side: Side) -> str:
+    a, b = full.outcomes[0], side.outcomes[0]
+    return (
+        f"By count, full 3D takes {a.attention_gigaflops / b.attention_gigaflops:.2f} times the FLOPs in attention and "
+        f"{_flops(a) / _flops(b):.2f} times in all; measured, {_per_step(full) / _per_step(side):.2f} times the CPU time of a step."
     )
 
 
@@ -377,8 +403,25 @@ def _across(outcomes: Sequence[Outcome], ways: Sequence[str], column: Column) ->
     return ", ".join(_over_seeds(column, outcomes, way).shown(column.digits, percent=column.percent) for way in ways)
 
 
+def _equals(outcomes: Sequence[Outcome], ways: Sequence[str], best: str, column: Column) -> str:
+    """Name the ways that cannot be told apart from the best."""
+    top = _over_seeds(column, outcomes, best)
+    equal = [_scale(way) for way in ways if way != best and _over_seeds(column, outcomes, way).differs(top) is False]
+    return f" (not told apart from {', '.join(equal)})" if equal else ""
+
+
+def _ends(outcomes: Sequence[Outcome], ways: Sequence[str], column: Column) -> str:
+    """Say whether the first way and the last differ."""
+    differs = _over_seeds(column, outcomes, ways[0]).differs(_over_seeds(column, outcomes, ways[-1]))
+    return "" if differs is None else ", ends told apart" if differs else ", ends not told apart"
+
+
 def _flops(outcome: Outcome) -> float:
     return outcome.attention_gigaflops + outcome.other_gigaflops
+
+
+def _square(side: Side) -> str:
+    return f"{side.outcomes[0].size} x {side.outcomes[0].size}"
 
 
 def _per_step(side: Side) -> float:
@@ -456,7 +499,8 @@ def write_report(out: Path, report: Report) -> None:
         _write(out / f"{name}.svg", svg_file(svg))
     text = [f"### {table.title}\n\n{_markdown(table.head, table.rows)}" for table in made]
     claimed = _markdown(("the founding documents", "measured here"), [tuple(claim) for claim in said])
-    _write(out / "tables.md", "\n\n".join([*text, f"### Claims\n\n{claimed}"]) + "\n")
+    read = "\n".join(f"* {each}" for each in reading(report))
+    _write(out / "tables.md", "\n\n".join([summary(report), read, f"### Claims\n\n{claimed}", *text]) + "\n")
     first = min((outcome.seed for outcome in report.outcomes), default=0)
     pictures = {
         name: (report.of(name)[0].title, path.read_bytes())
@@ -464,7 +508,8 @@ def write_report(out: Path, report: Report) -> None:
         if (path := out / "runs" / f"{name}-{first}.png").is_file()
     }
     page = PAGE.substitute(
-        summary=escape(_summary(report)),
+        summary=escape(summary(report)),
+        reading="\n".join(f"<li>{escape(each)}" for each in reading(report)),
         claims="\n".join(f"<tr><td>{escape(claim.said)}<td>{escape(claim.measured)}" for claim in said),
         parts="\n".join(_section(table, drawn) for table in made),
         pictures="\n".join(_picture(title, data) for title, data in pictures.values()),
@@ -492,15 +537,45 @@ def _picture(title: str, data: bytes) -> str:
     return f'<figure><img alt="clips of {name}" src="data:image/png;base64,{source}"><figcaption>{name}</figcaption></figure>'
 
 
-def _summary(report: Report) -> str:
+def summary(report: Report) -> str:
+    """Say how much was run."""
     seeds = sorted({outcome.seed for outcome in report.outcomes})
+    spent: dict[int, float] = {}
+    for outcome in report.outcomes:
+        spent[outcome.size] = max(spent.get(outcome.size, 0.0), outcome.teraflops)
+    budgets = ", ".join(f"{teraflops:.2g} teraflops at {size} x {size}" for size, teraflops in sorted(spent.items()))
     hours = (sum(outcome.seconds for outcome in report.outcomes) + report.facts.seconds) / 3600
     return (
-        f"{len({o.variant for o in report.outcomes})} variants, {len(seeds)} seeds each, every run with "
-        f"{report.settings['teraflops']:g} teraflops of training; {hours:.2f} hours of one core for all training. Values are "
-        f"means ± standard deviations over seeds, dots are seeds. Two values are told apart when they differ by more than "
-        f"twice the standard error of their difference."
+        f"{len({o.variant for o in report.outcomes})} variants, {len(seeds)} seeds each. A run trains for {budgets}, in as "
+        f"many whole steps as that pays for: the budget is equal within a size, and sizes are not compared. "
+        f"{hours:.2f} hours of one core for all training, the autoencoder's and the clips among them."
     )
+
+
+def reading(report: Report) -> list[str]:
+    """Say what the numbers mean, and what they do not."""
+    data = report.settings["data"]
+    prompts = math.prod(len(data[name]) for name in ("colours", "shapes", "motions"))
+    clips = max((scores.num_clips for outcome in report.outcomes for scores in outcome.scores.values()), default=0)
+    return [
+        "Values are means ± standard deviations over seeds; dots are seeds. Two means are told apart when they differ by more "
+        "than twice the standard error of their difference. With three seeds each, one pair of equals in nine would be, so "
+        "some of what is told apart below is chance.",
+        "All runs share the clips, the autoencoder, the width, the learning rates and the sampler's steps. These were found by "
+        "trying full 3D attention, which may favour it. A seed draws the weights, the batches and the noise. Small models on a "
+        "small world: nothing here says what holds at another scale.",
+        f"Colour, shape, motion: shares of {clips} clips, for {prompts} prompts, in which a reader of the world finds what was "
+        f"asked. Every prompt was trained on. A clip made for any of these prompts, drawn at random, has all three right in one "
+        f"of {prompts}.",
+        "Fréchet: distance to unseen real clips over untrained features of pixels, biased upwards by the few clips: of use "
+        "within this page and one size only. Velocity error: of the averaged weights on unseen clips, at eight levels of noise, "
+        "the same for all; of use within one table.",
+        "Flicker: mean change of a pixel from frame to frame, motion too. Jitter: of its second difference. Chroma: mean "
+        "distance from grey. Clipped: share of pixels that left the range. Spread: how different the clips of a prompt are, "
+        "in pixels, and in the object's place. Change from all steps: squared difference of the result, from the same noise.",
+        "FLOPs are counted (products of matrices only), not measured. CPU seconds are measured, of one thread of a shared "
+        "machine, whose load may make tens of percent; benchmarks/patterns.py times kinds of attention side by side.",
+    ]
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -527,8 +602,8 @@ body { margin: 0 auto; max-width: 66rem; padding: 3rem 1rem 5rem; background: va
   font: 16px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums }
 h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 600; margin: 0 0 .6rem }
 h2 { font-size: 1.1rem; font-weight: 600; margin: 3rem 0 .6rem }
-p { max-width: 44rem; margin: 0 0 1.2rem }
-p, thead th, footer, figcaption { color: var(--soft) }
+p, ul { max-width: 44rem; margin: 0 0 1.2rem }
+p, ul, thead th, footer, figcaption { color: var(--soft) }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; width: 100%; font-size: .88rem }
 th, td { padding: .35rem 0 .35rem 1rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
@@ -551,6 +626,9 @@ pre { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); border-rad
 </style>
 <h1>One comparison, at equal compute</h1>
 <p>$summary</p>
+<ul>
+$reading
+</ul>
 <h2>What the founding documents say, and what was measured</h2>
 <table class=claims>
 $claims

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from reelflow.conditioning.text import HashedWords
 from reelflow.recipes.recipe import FolderData, Recipe
 from reelflow.recipes.world import world
 
@@ -15,6 +16,7 @@ def folder() -> Recipe:
     the words and scenes of the folder and nothing else.
     """
     base = world()
+    assert isinstance(base.text, HashedWords)
     return replace(
         base,
         data=FolderData(folder="videos", num_validation=8),

@@ -18,9 +18,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from safetensors.torch import save_file
 from torch import Tensor
 
+from reelflow.conditioning.labels import ClassWords
 from reelflow.conditioning.text import HashedWords, words_of
 from reelflow.config import configuration, to_dict
 from reelflow.data.folder import ClipSpec
@@ -45,7 +46,7 @@ from reelflow.models.vae import CausalVAE, Posterior, VAEConfig
 from reelflow.models.weights import load_weights
 from reelflow.planning.cost import dit_cost, vae_cost
 from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
-from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
 from reelflow.training.loop import TrainingConfig, train
 
 __all__ = ["AutoencoderStage", "FolderData", "Recipe", "TransformerStage", "WorldData", "run"]
@@ -101,18 +102,15 @@ class Recipe:
     data: WorldData | FolderData
     clip: ClipSpec
     vae: AutoencoderStage
-    text: HashedWords
+    text: HashedWords | ClassWords
     dit: TransformerStage
     sampling: Sampling
 
     def __post_init__(self) -> None:
         latents = self.vae.model.latent_shape(self.clip.num_frames, self.clip.height, self.clip.width)
-        dit_cost(self.dit.model, latents[1:], self.text.max_words)
-        for name, have, need in (
-            ("in_channels", self.dit.model.in_channels, self.vae.model.latent_channels),
-            ("context_dim", self.dit.model.context_dim, self.text.dim),
-            ("vector_dim", self.dit.model.vector_dim, self.text.dim),
-        ):
+        dit_cost(self.dit.model, latents[1:], self.text.context_tokens)
+        for name, need in {"in_channels": self.vae.model.latent_channels, **self.text.doors}.items():
+            have = getattr(self.dit.model, name)
             if have != need:
                 raise ConfigError(f"dit.model.{name} must be {need} to fit the rest of the recipe, got {have}")
         flow, card = self.dit.flow, self.card()
@@ -288,6 +286,13 @@ class _Runner:
         if final.is_file():
             load_weights(final, vae)
             return vae.eval()
+        if not stage.model.encoder:  # pixels, which have nothing to learn
+            vae.eval()
+            with self._stage("encode", "measuring the pixels"):
+                self._fit_statistics(vae, learned)
+            final.parent.mkdir(exist_ok=True)
+            _write_tensors(final, vae)
+            return vae
         validation = unseen.store.batch("frames", unseen.rows[:32])
         cost = vae_cost(stage.model, stage.loss.crop_frames, stage.loss.crop_size, stage.loss.crop_size)
 
@@ -359,14 +364,12 @@ class _Runner:
             for part, caption in zip(clips.rows.split(8), _split(captions, 8), strict=True):
                 with torch.no_grad(), self._autocast(self.recipe.vae.training):
                     posterior = vae.encode(to_float(clips.store.batch("frames", part)))
-                text = self.recipe.text(caption)
+                text = _parts(self.recipe.text(caption).condition())
                 for index in range(len(part)):
                     yield {
                         "mean": posterior.mean[index].half(),
                         "logvar": posterior.logvar[index].half(),
-                        "context": text.tokens[index],
-                        "context_mask": text.mask[index],
-                        "vector": text.pooled[index],
+                        **{name: part[index] for name, part in text.items()},
                     }
                 done += len(part)
                 on_clip(done, len(clips.rows))
@@ -387,24 +390,24 @@ class _Runner:
         shape = self.recipe.vae.model.latent_shape(
             self.recipe.clip.num_frames, self.recipe.clip.height, self.recipe.clip.width
         )
-        cost = dit_cost(stage.model, shape[1:], self.recipe.text.max_words)
+        cost = dit_cost(stage.model, shape[1:], self.recipe.text.context_tokens)
 
         def preview(folder: Path, step: int) -> None:
             prompts = [str(unseen.meta(row)["caption"]) for row in range(min(4, len(unseen)))]
             clips = Pipeline(self._card(prompts), vae, dit).generate(prompts)
             write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in clips], columns=6)
 
+        null = self.recipe.text([""]).condition()
+
         def batch(store: Store, rows: Tensor) -> LatentBatch:
-            part = {key: store.batch(key, rows) for key in ("mean", "logvar", "context", "context_mask", "vector")}
-            return LatentBatch(
-                Posterior(part["mean"].float(), part["logvar"].float()),
-                Condition(context=part["context"], context_mask=part["context_mask"], vector=part["vector"]),
-            )
+            posterior = Posterior(*(store.batch(key, rows).float() for key in ("mean", "logvar")))
+            stored: dict[str, Any] = {name: store.batch(name, rows) for name in _parts(null)}
+            return LatentBatch(posterior, Condition(**stored))
 
         task = FlowTask(
             dit,
             stage.flow,
-            null=self.recipe.text([""]).condition(),
+            null=null,
             validation=batch(unseen, torch.arange(min(32, len(unseen)))),
             flops_per_sample=3.0 * cost.flops,
             previewer=preview,
@@ -422,9 +425,7 @@ class _Runner:
                 batches,
                 stage.training,
                 self.folder / "dit",
-                hidden=lambda name, weight: (
-                    weight.ndim == 2 and name.startswith("blocks.") and ".modulation." not in name
-                ),
+                hidden=inner_matrix,
                 console=self.console,
             )
         self._spent("transformer", result.seconds)
@@ -437,6 +438,12 @@ class _Runner:
 def _best_weights(checkpoint: Path) -> Path:
     """Return the averaged weights of a checkpoint, or the plain ones where no average was kept."""
     return next(path for path in (checkpoint / "ema.safetensors", checkpoint / "weights.safetensors") if path.is_file())
+
+
+def _parts(condition: Condition) -> dict[str, Any]:
+    """Return what a condition has, by the names of its fields."""
+    found = {field.name: getattr(condition, field.name) for field in fields(condition)}
+    return {name: part for name, part in found.items() if part is not None}
 
 
 def _split(items: list[str], size: int) -> list[list[str]]:

@@ -22,15 +22,14 @@ from reelflow.diffusion.process import (
     Parameterization,
     Process,
     RectifiedFlow,
-    VarianceExploding,
     VariancePreserving,
-    combine,
+    as_read,
     mix,
-    preconditioning,
 )
 from reelflow.diffusion.timesteps import LogitNormal, Shift, TimeDistribution, draw_times, shift_for
 from reelflow.diffusion.weighting import Uniform, Weighting, loss_weight, variational_bound
 from reelflow.errors import ConfigError
+from reelflow.models.blocks import Gate
 from reelflow.models.condition import Condition
 from reelflow.models.dit import VideoDiT
 from reelflow.models.vae import Posterior
@@ -38,7 +37,7 @@ from reelflow.nn.patchify import token_grid
 from reelflow.training.loop import Loss
 from reelflow.training.meters import BinnedMean
 
-__all__ = ["FlowConfig", "FlowTask", "LatentBatch"]
+__all__ = ["FlowConfig", "FlowTask", "LatentBatch", "inner_matrix"]
 
 NUM_BINS = 8
 LAST_TIME = 1 - 2**-24  # the last of float32 before 1, which is for what is given
@@ -78,6 +77,12 @@ class LatentBatch:
 
     posterior: Posterior
     condition: Condition
+
+
+def inner_matrix(name: str, weight: Tensor) -> bool:
+    """Say whether a weight of a `VideoDiT` is one for Muon: a matrix of its blocks, but of modulation or a gate."""
+    inside = name.startswith("blocks.") and ".modulation." not in name and ".gate." not in name
+    return inside and weight.ndim == 2
 
 
 class FlowTask:
@@ -129,9 +134,9 @@ class FlowTask:
         t = _on_table(self.space.process, t)
         errors, bounds = self._errors(latents, t, condition, generator, given)
         weights = loss_weight(self.config.weighting, self.space.process, self.space.prediction, t)
-        value, parts = (weights.to(errors) * errors).mean(), {}
+        value, parts = (weights.to(errors) * errors).mean(), _alphas(self.model)
         if bounds is not None:
-            parts = {"error": value, "bound": bounds.mean()}
+            parts |= {"error": value, "bound": bounds.mean()}
             value = value + BOUND_SHARE * parts["bound"]
         return Loss(value, parts, num_tokens=latents.shape[0] * num_tokens, num_samples=latents.shape[0])
 
@@ -167,7 +172,7 @@ class FlowTask:
         # A lerp is exact where data and noise agree, and rounds less than the sum that other processes take.
         mixed = mix if isinstance(space.process, RectifiedFlow) else space.mix
         x = mixed(latents, noise, times)
-        output = self.model(_as_read(space.process, x, times), times.float(), condition).float()
+        output = self.model(as_read(space.process, x, times), times.float(), condition).float()
         answer, variance = space.split(latents, output)
         errors = (answer - space.target(latents, noise, times)).square()[:, :, given:].mean(dim=(1, 2, 3, 4))
         if variance is None:
@@ -191,13 +196,17 @@ def _bounds(
 ) -> Float[Tensor, " B"]:
     """Return the variational bound in nats per element, over all steps, as estimated from the step at t."""
     num_steps = space.process.num_steps if isinstance(space.process, VariancePreserving) else BOUND_STEPS
-    before_last = t < 1 - 1.5 / num_steps  # the last step, into t = 1, draws nothing and so has no variance
-    latents, x, output, t = (part[before_last] for part in (latents, x, output, t))
-    bounds = output.new_zeros(before_last.shape)
-    bounds[before_last] = (
-        variational_bound(space, latents, x, output, t, t + 1 / num_steps).mean(dim=(1, 2, 3, 4)).float()
-    )
-    return num_steps * bounds
+    t_next = torch.where(t < 1 - 1.5 / num_steps, t + 1 / num_steps, 1)  # exactly 1 after the last step, which is free
+    return num_steps * variational_bound(space, latents, x, output, t, t_next).mean(dim=(1, 2, 3, 4)).float()
+
+
+def _alphas(model: VideoDiT) -> dict[str, Tensor]:
+    """Return what `gate_values` does, to be logged, without waiting for the device."""
+    gates = ((name, gate) for name, gate in model.named_modules() if isinstance(gate, Gate))
+    return {
+        f"alpha/{name.removesuffix('.gate')}": (gate.last if gate.logit is None else gate.logit.sigmoid()).mean()
+        for name, gate in gates
+    }
 
 
 def _on_table(process: Process, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
@@ -205,8 +214,3 @@ def _on_table(process: Process, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     if not isinstance(process, VariancePreserving) or process.continuous:
         return t
     return process.t_of(process.step_of(t).ceil())
-
-
-def _as_read(process: Process, x: Tensor, t: Tensor) -> Tensor:
-    """Return x as the network reads it: of about unit variance, which only an exploding process does not give."""
-    return combine((preconditioning(process, t).c_in, x)) if isinstance(process, VarianceExploding) else x
