@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reelflow.cli.plan import published_table
 from reelflow.errors import CheckpointError, ConfigError
 from reelflow.families.published import FAMILIES, find_size, load_transformer, save_transformer
 from reelflow.families.wan import WAN
@@ -25,7 +26,7 @@ def test_a_published_size_has_the_published_parameters_and_names(family, name):
     with torch.device("meta"):
         model = VideoDiT(size.config)
         reference = getattr(diffusers, family.class_name)(**arguments)
-    assert sum(p.numel() for p in model.parameters()) == size.parameters
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size.parameters
     shapes = {key: value.shape for key, value in reference.state_dict().items()}
     assert differences(family.weights(size.config), model, shapes) == ""
 
@@ -36,6 +37,20 @@ def test_a_configuration_survives_the_way_to_theirs_and_back(family, name):
     theirs = json.loads(json.dumps(family.write(config)))
     assert family.read(theirs) == config
     assert family.write(family.read(theirs)) == theirs
+
+
+@EVERY_SIZE
+def test_a_published_size_has_a_plan(family, name):
+    table = published_table(f"{family.name}.{name}")
+    assert f"{family.sizes[name].parameters:,}" in table
+    assert "FLOP" in table
+
+
+def test_a_clip_that_no_autoencoder_takes_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="frames 80 does not fit a stride of 4; nearest: 77 or 81"):
+        published_table("wan.t2v_14b", frames=80)
+    with pytest.raises(ConfigError, match="height 4 does not fit a stride of 8; nearest: 8"):
+        published_table("wan.t2v_14b", height=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -100,3 +100,11 @@ def test_norms_stand_before_the_maps_or_on_both_sides():
         door = ContextLayers(Layers(5, (4,), norms=norms), 6)
         assert torch.allclose(door(x, None, t), door(3 * x, None, t), atol=1e-3) != scales
         assert (door.norm_out is not None) == (norms is True)
+
+
+def test_features_of_no_condition_are_kept_beside_the_maps_and_not_learned():
+    door = ContextLayers(Layers(5, null=3), 6)
+    assert door.state_dict()["null"].shape == (3, 5)
+    assert all(parameter is not door.null for parameter in door.parameters())
+    with pytest.raises(ConfigError, match="null at least 0"):
+        Layers(5, null=-1)

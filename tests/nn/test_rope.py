@@ -17,6 +17,7 @@ from reelflow.nn.rope import (
     Ntk,
     Riflex,
     Spans,
+    Squared,
     Steps,
     Stretch,
     Yarn,
@@ -278,6 +279,15 @@ def test_an_inscribed_grid_of_other_proportions_lies_in_the_middle():
     torch.testing.assert_close(columns[0, :, 2], torch.tensor([2.0, 6.0 / 2], dtype=torch.float64))
 
 
+def test_a_squared_grid_has_equal_sides_that_change_with_the_rounded_root_of_its_area():
+    square = token_positions(Squared(5.0), (2, 5, 5))
+    torch.testing.assert_close(square, grid_positions(2, 5, 5), rtol=0, atol=1e-12)
+    wide = token_positions(Squared(5.0), (1, 2, 6)).view(2, 6, 3)  # 12 tokens, as 3 x 3
+    side = 5.0 * 3 / math.sqrt(12)
+    torch.testing.assert_close(wide[:, 0, 1], torch.tensor([0, side / 2], dtype=torch.float64))
+    torch.testing.assert_close(wide[0, :, 2], torch.arange(6, dtype=torch.float64) * side / 6)
+
+
 # Extensions
 
 
@@ -408,6 +418,7 @@ REFUSALS = {
     "span": (lambda: Spans(t=None, h=(1.0, -1.0), w=(0.0, 1.0)), r"got h=\(1.0, -1.0\); nearest: \(-1.0, 1.0\)"),
     "area": (lambda: Centred(area=-4.0), "area must be positive, got -4.0"),
     "box": (lambda: Inscribed(0, 4), "at least 1 token, got 0 x 4"),
+    "side": (lambda: Squared(0.0), "side must be positive, got 0.0"),
     "clock": (lambda: token_positions(Steps(time="seconds"), (1, 2, 2)), "need a positive token_rate, got None"),
     "blocks": (lambda: interleaved_from_half((4, 3)), r"must be even to have halves, got \(4, 3\); nearest: 4"),
     "rows": (lambda: permute_channels(normal(6, 2), interleaved_from_half((4,))), "6 rows are not a whole number"),
@@ -429,7 +440,7 @@ class Holder:
     by: Extension
 
 
-COORDINATES = [Steps(first=0.25), Spans(None, (0.0, 1.0), (-1.0, 1.0)), Centred(192.0), Inscribed(6, 9)]
+COORDINATES = [Steps(first=0.25), Spans(None, (0.0, 1.0), (-1.0, 1.0)), Centred(192.0), Inscribed(6, 9), Squared(32.0)]
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)

@@ -10,6 +10,7 @@ from reelflow.models.condition import Condition, Source
 from reelflow.models.context import Layers, Refine, Sources
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig
+from reelflow.nn.embed import Number
 from reelflow.nn.norm import Norm
 from reelflow.nn.patterns import Causal, Full, Gated, Skip, Space, Time, Window
 from reelflow.planning.cost import count_flops, dit_cost, num_parameters, training_bytes, vae_cost
@@ -87,6 +88,33 @@ def test_the_formula_counts_the_sources_of_a_context_each_at_its_length():
     assert dit_cost(config, (3, 8, 4), context_tokens=(5, 3)).flops == found
     with pytest.raises(ConfigError, match="one number for each of 2 sources"):
         dit_cost(config, (3, 8, 4), context_tokens=5)
+
+
+WIDER = {
+    "tied": {"layers": (Dual(tied=True), Dual()), "vector_width": 16, "last_norm": Norm()},
+    "again": {"layers": (Dual(again=Space()),)},
+    "idle": {"layers": (Dual(context_out=False, idle_query=True, shift=False),), "context_width": 24, "pool": 3},
+    "shared": {
+        "layers": 2 * (Branches((Attend(), Cross(image=True), FeedForward(2.5))),),
+        "modulation": "shared",
+        "image": Layers(5, (9,), norms=True),
+        "numbers": (Number(), Number(16)),
+    },
+}
+
+
+@pytest.mark.parametrize("changes", WIDER.values(), ids=WIDER)
+def test_the_formula_counts_every_operation_of_published_designs(changes):
+    config = replace(DIT, rope="none", stem=0, **changes)
+    with torch.device("meta"):
+        condition = Condition(
+            context=torch.empty(1, 7, 12),
+            vector=torch.empty(1, 6),
+            numbers=torch.empty(1, 2) if config.numbers else None,
+            image=torch.empty(1, 4, 5) if config.image else None,
+        )
+        found = count_flops(VideoDiT(config), torch.empty(1, 4, 3, 8, 4), torch.empty(1), condition)
+    assert dit_cost(config, (3, 8, 4), 7, image_tokens=4 if config.image else 0).flops == found
 
 
 def test_a_window_larger_than_the_clip_is_refused_before_anything_runs():

@@ -359,6 +359,15 @@ def test_errors_of_the_velocity_are_compared_on_the_same_data_only(finished):
     assert "velocity error" not in heads["Latents and pixels"]
 
 
+def test_patches_of_more_values_than_the_width_are_no_verdict_on_pixels(finished):
+    found = many(report(finished), "full")
+    for width, told in ((16, True), (192, False)):  # patches of 3 x 8 x 8
+        (claim,) = (
+            c for c in claims(replace(found, settings={**found.settings, "dim": width})) if "192 times" in c.said
+        )
+        assert ("not on pixels" in claim.measured) is told
+
+
 def test_the_best_guidance_is_named_with_those_that_equal_it(finished):
     found = many(report(finished), "full")
 

@@ -76,7 +76,7 @@ def plan(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="A recipe (see: reelflow train --list), a published network such as wan.t2v_14b (see: reelflow families), "
+            help="A recipe (see: reelflow train --list), a published network (see: reelflow families), "
             "a founding model such as vdit-xl, or vdit for all."
         ),
     ] = None,
@@ -239,10 +239,14 @@ def published_table(
     asked = zip((frames, height, width), size.clip or family.clip, strict=True)
     clip = tuple(usual if given is None else given for given, usual in asked)
     config = set_values(size.config, assignments)
-    cost = dit_cost(config, family.latent_shape(size, clip), family.context_tokens)
+    pictures = family.image_tokens if config.image else 0
+    cost = dit_cost(config, family.latent_shape(size, clip), family.context_tokens, image_tokens=pictures)
     rows = (
         ("clip", " x ".join(map(str, clip))),
-        ("tokens + text", f"{cost.num_tokens:,} + {cost.context_tokens}"),
+        (
+            "tokens + text",
+            f"{cost.num_tokens:,} + {cost.context_tokens}{f' + {pictures} of a picture' if pictures else ''}",
+        ),
         ("parameters", f"{cost.num_parameters:,}"),
         ("forward of one clip", _flops(cost.flops)),
         ("of it attention", f"{_flops(cost.attention_flops)}, {cost.attention_flops / cost.flops:.0%}"),

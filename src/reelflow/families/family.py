@@ -61,6 +61,8 @@ class Family:
         8,
     )  # pixels to a latent, in time (frame 0 alone, if above 1), height and width
     context_tokens: int | tuple[int, ...] = 0  # of a prompt, padded; of each source, if there are several
+    image_tokens: int = 0  # of a picture, where one is read
+    former_names: tuple[str, ...] = ()  # of the class, in older files
     notes: tuple[str, ...] = ()  # where references disagree, and what was chosen
 
     def latent_shape(self, size: Size, clip: Sequence[int]) -> tuple[int, int, int]:
@@ -120,9 +122,14 @@ def places(dim: int, side: float) -> SinCos:
 
 
 def side_of_places(config: DiTConfig) -> float:
-    """Return the side that a network's `places` have."""
+    """Return the side that a network's `places` have.
+
+    Raises:
+        ValueError: it has none.
+    """
     waves = (absolute.coordinates for absolute in config.absolute if isinstance(absolute, SinCos))
-    return next(spans.h[1] for spans in waves if isinstance(spans, Spans) and spans.h)
+    (side,) = (spans.h[1] for spans in waves if isinstance(spans, Spans) and spans.h)
+    return side
 
 
 # Tables of weights that several families share, in the names of diffusers.

@@ -7,18 +7,22 @@ from typing import Any
 import torch
 
 from reelflow.errors import CheckpointError, ConfigError, ReelflowError, nearest
+from reelflow.families.cogvideox import COGVIDEOX
+from reelflow.families.dit import DIT
 from reelflow.families.family import Family, Size
 from reelflow.families.hunyuan import HUNYUAN
 from reelflow.families.hunyuan15 import HUNYUAN15
+from reelflow.families.latte import LATTE
 from reelflow.families.ltx import LTX
 from reelflow.families.mochi import MOCHI
+from reelflow.families.sd3 import SD3
 from reelflow.families.wan import WAN
 from reelflow.interop.checkpoints import read_into, write_folder
 from reelflow.models.dit import VideoDiT
 
 __all__ = ["FAMILIES", "family_of", "find_size", "load_transformer", "save_transformer"]
 
-FAMILIES: tuple[Family, ...] = (HUNYUAN, HUNYUAN15, WAN, MOCHI, LTX)
+FAMILIES: tuple[Family, ...] = (HUNYUAN, HUNYUAN15, WAN, MOCHI, COGVIDEOX, LTX, LATTE, SD3, DIT)
 
 
 def find_size(name: str) -> tuple[Family, Size]:
@@ -39,7 +43,7 @@ def family_of(config: dict[str, Any], source: Path) -> Family:
     Raises:
         CheckpointError: it names none, or one that is not known here.
     """
-    known = {family.class_name: family for family in FAMILIES}
+    known = {name: family for family in FAMILIES for name in (family.class_name, *family.former_names)}
     name = config.get("_class_name")
     if name not in known:
         raise CheckpointError(

@@ -219,6 +219,7 @@ WAN = Family(
     clip=(81, 480, 832),
     stride=(4, 8, 8),
     context_tokens=512,
+    image_tokens=257,
     notes=(
         "rotary tables and sinusoids are computed in float64 by the original and stored in float32 by diffusers; ours are "
         "computed in float64.",

@@ -232,13 +232,13 @@ class VideoDiT(nn.Module):
         vector = self._vector(t, condition)
         # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
         single = vector if t.shape[1] == 1 else self._vector(t.amin(1, keepdim=True), condition)
-        rope = self._rope(grid, token_rate, x.device)
+        chunks, rope = self._chunks(vector), self._rope(grid, token_rate, x.device)
         context = self._context(condition, x, t)
         streams = Streams(
             video=x,
             context=context.tokens,
-            vector=self._chunks(vector),
-            context_vector=self._chunks(single),
+            vector=chunks,
+            context_vector=chunks if single is vector else self._chunks(single),
             rope=None if rope is None else rope.to(torch.promote_types(x.dtype, torch.float32)),
             mask=_with_video(context.mask, grid),
             grid=grid,

@@ -67,7 +67,7 @@ class VAECost:
 
 def num_parameters(model: nn.Module) -> int:
     """Count the trained values of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def count_flops(model: nn.Module, *inputs: object) -> int:
@@ -77,7 +77,13 @@ def count_flops(model: nn.Module, *inputs: object) -> int:
     return counter.get_total_flops()
 
 
-def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_tokens: int | Sequence[int]) -> DiTCost:
+def dit_cost(
+    config: DiTConfig,
+    latent_shape: tuple[int, int, int],
+    context_tokens: int | Sequence[int],
+    *,
+    image_tokens: int = 0,
+) -> DiTCost:
     """Cost of one forward of the transformer over latents of extents (t, h, w), by the formula above.
 
     A context of several sources has a number of tokens for each.
@@ -96,7 +102,6 @@ def dit_cost(config: DiTConfig, latent_shape: tuple[int, int, int], context_toke
     matrices = grid.num_tokens * (_weights(model.embed) + _weights(model.out))
     matrices += prod(latent_shape) * _weights(model.stem)
     matrices += sum(map(_weights, (model.time, model.modulation, model.vector, model.numbers, model.shared)))
-    image_tokens = 0 if config.image is None else config.image.positions
     matrices += image_tokens * _weights(model.image)
     pairs = 0
     for block in model.blocks:
