@@ -18,6 +18,7 @@ from reelflow.models.blocks import (
     build_block,
     gate_values,
 )
+from reelflow.nn.attention import QKNorm
 from reelflow.nn.norm import Norm
 from reelflow.nn.patchify import Grid
 from reelflow.nn.patterns import Causal, Gated, Skip, Space, Time, Window, dense_mask
@@ -39,7 +40,15 @@ LIST = Branches(
         FeedForward(2.0, PLAIN, adaptive=False),
     )
 )
-ALL_SPECS = pytest.mark.parametrize("spec", [*JOINT, READ, LIST], ids=["dual", "single", "read", "branches"])
+MORE = {
+    "tied": Dual(mlp_ratio=2.0, tied=True, norm=PLAIN, qk_norm=QKNorm("layer")),
+    "gated": Dual(mlp_ratio=2.0, shift=False, gate="tanh", post=Norm("rms"), qkv_bias=False, mlp_bias=False),
+    "again": Dual(mlp_ratio=2.0, again=Space(), qk_norm=QKNorm(over="width")),
+    "idle": Dual(mlp_ratio=2.0, context_out=False, idle_query=True, qk_norm=None),
+}
+ALL_SPECS = pytest.mark.parametrize(
+    "spec", [*JOINT, READ, LIST, *MORE.values()], ids=["dual", "single", "read", "branches", *MORE]
+)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

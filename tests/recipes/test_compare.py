@@ -97,7 +97,7 @@ def test_every_variant_differs_from_the_base_in_one_thing():
     base = known["full"]
     assert [known[name] for name in ("uniform", "shifted")] != [base, base]
     for name, variant in known.items():
-        reference = known["large"] if name.startswith("large_") else base
+        reference = known[name.split("_")[0]] if name.startswith(("large_", "pixel_")) else base
         differing = {
             field
             for field in ("attention", "flow", "size", "space")

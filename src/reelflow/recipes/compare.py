@@ -285,7 +285,7 @@ def _learn(lr: float) -> OptimizerConfig:
 def variants(c: Comparison) -> dict[str, Variant]:
     """Return every variant by name. The first is the base: each other differs from it in one thing.
 
-    The three of the large size differ from the base in that too, and are compared with each other.
+    The three of the large size, and the two in pixels, differ from the base in that too, and are compared with each other.
     """
     flow = FlowConfig(
         parameterization=Parameterization(RectifiedFlow(), "velocity"), time=LogitNormal(), given_fraction=0.0
@@ -300,6 +300,8 @@ def variants(c: Comparison) -> dict[str, Variant]:
     base = Variant("full 3D", c.depth * (full,), flow, c.data.small, also=(few, noisy, *scales))
     plain = replace(base, also=(few, noisy))
     large = replace(base, size=c.data.large, budgets=2.0, also=(noisy,))
+    pixel = replace(base, title="pixel space", space="pixel", patch=Patch(1, 8, 8), also=())
+    data = replace(flow, parameterization=Parameterization(RectifiedFlow(), "data"))
     return {
         "full": base,
         "factorised": replace(base, title="factorised", attention=c.depth * (factorised,), also=()),
@@ -312,7 +314,8 @@ def variants(c: Comparison) -> dict[str, Variant]:
         "large": replace(large, title="logit-normal"),
         "large_uniform": replace(large, title="uniform", flow=uniform),
         "large_shifted": replace(large, title="logit-normal, shift 3", flow=shifted),
-        "pixel": replace(base, title="pixel space", space="pixel", patch=Patch(1, 8, 8), also=()),
+        "pixel": pixel,
+        "pixel_data": replace(pixel, title="pixel space, data predicted", flow=data),
     }
 
 

@@ -142,7 +142,12 @@ PARTS = (
     Part("objective", "Rectified flow and v-prediction", OBJECTIVES),
     Part("time_small", "Time, small clips", SMALL),
     Part("time_large", "Time, large clips", LARGE),
-    Part("space", "Latents and pixels", {"full": "latents", "pixel": "pixels"}, same_data=False),
+    Part(
+        "space",
+        "Latents and pixels",
+        {"full": "latents", "pixel": "pixels", "pixel_data": "pixels, data predicted"},
+        same_data=False,
+    ),
 )
 USUAL = "usual"
 SCALES = (1.0, 3.5, 7.5, 15.0)
@@ -332,19 +337,21 @@ def _on_learning(report: Report) -> Iterator[Claim]:
         if measured:
             yield Claim(said, " ".join(measured))
     spaces = report.sides(PARTS[-1].variants)
-    if len(spaces) == 2:
-        latent, pixel = spaces.values()
+    latent = spaces.pop("full", None)
+    if latent and spaces:
+        pixel = next(iter(spaces.values()))
         tokens = pixel.outcomes[0].num_tokens / latent.outcomes[0].num_tokens
         values = 3 * report.settings["data"]["num_frames"] * pixel.outcomes[0].size ** 2 // pixel.outcomes[0].num_tokens
         width = report.settings["dim"]
         narrow = (
             f" A token of pixels stands for {values} values but is {width} wide, and a velocity, which holds all the noise, does "
-            f"not pass through that: this is a verdict on such patches, not on pixels."
+            f"not pass through that; data does, which has fewer dimensions than noise. This is a verdict on such patches and "
+            f"this width, not on pixels."
         )
         yield Claim(
             "Latents hold 192 times fewer values than the clip, so the same compute teaches far more.",
             f"This autoencoder leaves {report.facts.compression:.1f} times fewer values, and {tokens:.1f} times fewer tokens. "
-            f"{_versus(latent, pixel, STEPS, ALL, FRECHET)} Not in that compute: the autoencoder's own training, "
+            f"{' '.join(_versus(latent, side, STEPS, ALL, FRECHET) for side in spaces.values())} Not in that compute: the autoencoder's own training, "
             f"{report.facts.vae_teraflops:.1f} teraflops beside {latent.outcomes[0].teraflops:.1f} of a run. Real clips that "
             f"only went through it are at a Fréchet of {report.facts.rebuilt[str(latent.outcomes[0].size)].frechet:.2f}."
             + (narrow if values > width else ""),
