@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 
 import diffusers
 import pytest
@@ -13,22 +14,41 @@ from reelflow.errors import CheckpointError, ConfigError
 from reelflow.families.published import FAMILIES, find_size, load_transformer, save_transformer
 from reelflow.families.wan import WAN
 from reelflow.interop.mapping import differences
-from reelflow.models.dit import VideoDiT
+from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.nn.patchify import token_grid
 
 SIZES = [(family, name) for family in FAMILIES for name in family.sizes]
 EVERY_SIZE = pytest.mark.parametrize(("family", "name"), SIZES, ids=[f"{f.name}.{n}" for f, n in SIZES])
 
 
-@EVERY_SIZE
-def test_a_published_size_has_the_published_parameters_and_names(family, name):
-    size = family.sizes[name]
-    arguments = family.write(size.config)
+@cache
+def counted(config: DiTConfig) -> int:
     with torch.device("meta"):
-        model = VideoDiT(size.config)
-        reference = getattr(diffusers, family.class_name)(**arguments)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == size.parameters
+        return sum(p.numel() for p in VideoDiT(config).parameters() if p.requires_grad)
+
+
+@EVERY_SIZE
+def test_a_published_size_has_the_published_parameters(family, name):
+    assert counted(family.sizes[name].config) == family.sizes[name].parameters
+
+
+IN_DIFFUSERS = {  # one for each configuration; of original formats, names are held to those recorded with the fixtures
+    size.config: (family, name)
+    for family, name in SIZES
+    for size in [family.sizes[name]]
+    if hasattr(diffusers, family.class_name or "none")
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), IN_DIFFUSERS.values(), ids=[f"{f.name}.{n}" for f, n in IN_DIFFUSERS.values()]
+)
+def test_a_published_size_has_the_names_and_shapes_of_the_reference(family, name):
+    config = family.sizes[name].config
+    with torch.device("meta"):
+        model, reference = VideoDiT(config), getattr(diffusers, family.class_name)(**family.write(config))
     shapes = {key: value.shape for key, value in reference.state_dict().items()}
-    assert differences(family.weights(size.config), model, shapes) == ""
+    assert differences(family.weights(config), model, shapes) == ""
 
 
 @EVERY_SIZE
@@ -39,11 +59,18 @@ def test_a_configuration_survives_the_way_to_theirs_and_back(family, name):
     assert family.write(family.read(theirs)) == theirs
 
 
-@EVERY_SIZE
-def test_a_published_size_has_a_plan(family, name):
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_published_network_has_a_plan(family):
+    name, size = next(iter(family.sizes.items()))
     table = published_table(f"{family.name}.{name}")
-    assert f"{family.sizes[name].parameters:,}" in table
+    assert f"{size.parameters:,}" in table
     assert "FLOP" in table
+
+
+@EVERY_SIZE
+def test_the_clip_a_size_is_made_for_fits_it(family, name):
+    size = family.sizes[name]
+    token_grid(family.latent_shape(size, size.clip or family.clip), size.config.patch)
 
 
 def test_a_clip_that_no_autoencoder_takes_is_refused_with_the_nearest():

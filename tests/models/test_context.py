@@ -94,12 +94,12 @@ def test_sources_survive_json():
     assert from_dict(DiTConfig, to_dict(THREE)) == THREE
 
 
-def test_norms_stand_before_the_maps_or_on_both_sides():
+def test_norms_stand_before_the_maps_after_them_or_on_both_sides():
     x, t = normal(1, 3, 5).float(), torch.zeros(1, 1)
-    for norms, scales in ((False, True), ("in", False), (True, False)):
+    for norms, scales in ((False, True), ("in", False), ("out", True), (True, False)):
         door = ContextLayers(Layers(5, (4,), norms=norms), 6)
         assert torch.allclose(door(x, None, t), door(3 * x, None, t), atol=1e-3) != scales
-        assert (door.norm_out is not None) == (norms is True)
+        assert (door.norm_out is not None) == (norms in (True, "out"))
 
 
 def test_features_of_no_condition_are_kept_beside_the_maps_and_not_learned():

@@ -12,7 +12,7 @@ from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, S
 from reelflow.models.condition import Condition
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
-from reelflow.nn.embed import Learned, SinCos
+from reelflow.nn.embed import Apart, Learned, SinCos
 from reelflow.nn.norm import Norm
 from reelflow.nn.patchify import Patch
 from reelflow.nn.patterns import Causal, Full, Gated, Space, Time, Window
@@ -398,6 +398,22 @@ def test_a_closed_door_is_refused(door):
         VideoDiT(BARE).double()(X, TIMES, Condition(**{door: getattr(FITTING, door)}))
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_maps_of_their_own_for_further_channels_add_what_a_joint_one_would(twice):
+    apart = Apart((2, 1), twice=twice)
+    joint, own = (network(replace(BARE, extra_channels=3, extra_apart=maps)) for maps in (None, apart))
+    latents, extra = normal(2, 3, T, H, W), normal(2, 3, T, H, W, seed=1)
+    weights = own.state_dict()
+    for part in range(2):
+        after = weights.pop(f"extra.then.{part}.weight") if twice else torch.eye(24, dtype=torch.float64)
+        weights["embed.bias"] = weights["embed.bias"] + after @ weights.pop(f"extra.maps.{part}.bias")
+        cells = after @ weights.pop(f"extra.maps.{part}.weight")
+        weights["embed.weight"] = torch.cat([weights["embed.weight"], cells], dim=1)
+    joint.load_state_dict(weights)
+    t, condition = torch.tensor([0.2, 0.7], dtype=torch.float64), Condition(channels=extra)
+    torch.testing.assert_close(own(latents, t, condition), joint(latents, t, condition), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -412,6 +428,7 @@ def test_a_closed_door_is_refused(door):
             {"absolute": (Learned((1, 1, 1), form="grid", context=2),), "context": None},
             "need a context as wide as the clip's tokens; got context=None",
         ),
+        ({"extra_apart": Apart((2, 3))}, r"are \(2, 3\), of 2 channels; nearest: extra_channels=5"),
         ({"context_width": 10}, r"layers\[1\] is a Single, .* got dim=24 and context_width=10"),
         (
             {"layers": (Dual(), WITH_TEXT), "context": None},

@@ -5,6 +5,7 @@ import torch
 
 from reelflow.errors import ConfigError
 from reelflow.nn.embed import (
+    Apart,
     Learned,
     LearnedPositions,
     Number,
@@ -136,6 +137,7 @@ REFUSALS = {
     "two parts": (lambda: grid_sinusoid(grid_positions(1, 2, 2), 16, split=(8, 8)), r"per axis \(3\), got \(8, 8\)"),
     "odd parts": (lambda: SinCos(split=(3, 5, 8)), r"must be even and sum to the width 16, got \(3, 5, 8\)"),
     "period": (lambda: SinCos(max_period=0.0), "max_period must be positive, got 0.0"),
+    "no parts": (lambda: Apart(()), r"there is at least 1 part; got \(\)"),
     "no rows": (lambda: Learned((4, 0, 4)), r"at least 1 token along each axis, got \(4, 0, 4\)"),
     "frozen axes": (
         lambda: Learned((4, 4, 4), frozen=True),

@@ -10,7 +10,7 @@ from reelflow.models.condition import Condition, Source
 from reelflow.models.context import Layers, Refine, Sources
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Stage, VAEConfig
-from reelflow.nn.embed import Number
+from reelflow.nn.embed import Apart, Number
 from reelflow.nn.norm import Norm
 from reelflow.nn.patterns import Causal, Full, Gated, Skip, Space, Time, Window
 from reelflow.planning.cost import count_flops, dit_cost, num_parameters, training_bytes, vae_cost
@@ -99,6 +99,8 @@ WIDER = {
         "modulation": "shared",
         "image": Layers(5, (9,), norms=True),
         "numbers": (Number(), Number(16)),
+        "extra_channels": 3,
+        "extra_apart": Apart((1, 2), twice=True),
     },
 }
 
@@ -112,6 +114,7 @@ def test_the_formula_counts_every_operation_of_published_designs(changes):
             vector=torch.empty(1, 6),
             numbers=torch.empty(1, 2) if config.numbers else None,
             image=torch.empty(1, 4, 5) if config.image else None,
+            channels=torch.empty(1, 3, 3, 8, 4) if config.extra_channels else None,
         )
         found = count_flops(VideoDiT(config), torch.empty(1, 4, 3, 8, 4), torch.empty(1), condition)
     assert dit_cost(config, (3, 8, 4), 7, image_tokens=4 if config.image else 0).flops == found

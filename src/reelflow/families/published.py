@@ -13,8 +13,13 @@ from reelflow.families.family import Family, Size
 from reelflow.families.hunyuan import HUNYUAN
 from reelflow.families.hunyuan15 import HUNYUAN15
 from reelflow.families.latte import LATTE
+from reelflow.families.latte_class import LATTE_CLASS
 from reelflow.families.ltx import LTX
 from reelflow.families.mochi import MOCHI
+from reelflow.families.moviegen import MOVIEGEN
+from reelflow.families.opensora import OPENSORA
+from reelflow.families.opensora2 import OPENSORA2
+from reelflow.families.opensora_plan import OPENSORA_PLAN, OPENSORA_PLAN_GIVEN
 from reelflow.families.sd3 import SD3
 from reelflow.families.wan import WAN
 from reelflow.interop.checkpoints import read_into, write_folder
@@ -22,7 +27,10 @@ from reelflow.models.dit import VideoDiT
 
 __all__ = ["FAMILIES", "family_of", "find_size", "load_transformer", "save_transformer"]
 
-FAMILIES: tuple[Family, ...] = (HUNYUAN, HUNYUAN15, WAN, MOCHI, COGVIDEOX, LTX, LATTE, SD3, DIT)
+FAMILIES: tuple[Family, ...] = (
+    *(HUNYUAN, HUNYUAN15, WAN, MOCHI, COGVIDEOX, LTX, LATTE, LATTE_CLASS, OPENSORA, OPENSORA2),
+    *(OPENSORA_PLAN, OPENSORA_PLAN_GIVEN, MOVIEGEN, SD3, DIT),
+)
 
 
 def find_size(name: str) -> tuple[Family, Size]:
@@ -43,8 +51,8 @@ def family_of(config: dict[str, Any], source: Path) -> Family:
     Raises:
         CheckpointError: it names none, or one that is not known here.
     """
-    known = {name: family for family in FAMILIES for name in (family.class_name, *family.former_names)}
-    name = config.get("_class_name")
+    known = {name: family for family in FAMILIES for name in (family.class_name, *family.former_names) if name}
+    name = config.get("_class_name") or (config.get("architectures") or [None])[0]
     if name not in known:
         raise CheckpointError(
             f"{source} is of {name!r}, which is no transformer known here; {nearest(str(name), known)}"
@@ -82,7 +90,7 @@ def save_transformer(model: VideoDiT, folder: str | Path, family: Family, *, dty
     try:  # what a family writes of its own networks; of others it may not find what it looks for
         config = family.write(model.config)
         own = family.read(config) == model.config
-    except (AssertionError, AttributeError, ReelflowError, ValueError):
+    except (AssertionError, AttributeError, LookupError, ReelflowError, TypeError, ValueError):
         own = False
     if not own:
         raise ConfigError(f"the network is none of {family.name}; {family.name} has {', '.join(family.sizes)}")

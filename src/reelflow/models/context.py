@@ -46,7 +46,7 @@ class Layers:
     in_dim: int
     hidden: tuple[int, ...] = ()
     activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu_tanh"
-    norms: bool | Literal["in"] = False  # layer norms with weights, of eps 1e-5, before the maps, and if true after
+    norms: bool | Literal["in", "out"] = False  # layer norms with weights, of eps 1e-5, before the maps, after, or both
     positions: int = 0  # tokens to which learned vectors are added first
     null: int = 0  # tokens of features that stand for no condition, kept as a checkpoint has them, for guidance
     kind: Literal["layers"] = "layers"
@@ -109,9 +109,9 @@ class ContextLayers(nn.Module):
         self.register_buffer("null", torch.zeros(config.null, config.in_dim) if config.null else None)
         start = torch.zeros(config.positions, config.in_dim) if config.positions else None
         self.positions = None if start is None else nn.Parameter(start)
-        self.norm_in = nn.LayerNorm(config.in_dim) if config.norms else None
+        self.norm_in = nn.LayerNorm(config.in_dim) if config.norms in (True, "in") else None
         self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((config.in_dim, *config.hidden, dim)))
-        self.norm_out = nn.LayerNorm(dim) if config.norms is True else None
+        self.norm_out = nn.LayerNorm(dim) if config.norms in (True, "out") else None
 
     def forward(
         self, x: Float[Tensor, "B L F"], mask: Bool[Tensor, "B L"] | None, t: Float[Tensor, "B groups"]

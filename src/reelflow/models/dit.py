@@ -1,6 +1,7 @@
 """The video transformer: embed the latents' patches, walk a list of blocks, read out a prediction.
 
-    tokens  = linear(patches of latents [+ channels door] [+ stem]) [+ positions] [+ residual door]
+    tokens  = linear(patches of latents [+ channels door] [+ stem]) [+ linear(patches of the channels door)]
+              [+ positions] [+ residual door]
     context = layers or refiner(context door), of each of its sources
     vector  = embed(t) [+ embed(vector door)] [+ embed(numbers)] [+ class row] [+ pool(context door)]
                                                                        one per clip, per frame or per token
@@ -24,7 +25,16 @@ from reelflow.errors import ConfigError
 from reelflow.models.blocks import Branches, Cross, Layer, Single, Streams, Widths, build_block
 from reelflow.models.condition import Condition, Source
 from reelflow.models.context import ContextLayers, ContextSources, Layers, Pool, Refine, Sources, build_context
-from reelflow.nn.embed import Learned, LearnedPositions, Number, NumberEmbedding, SinCos, VectorEmbedding
+from reelflow.nn.embed import (
+    Apart,
+    ApartEmbedding,
+    Learned,
+    LearnedPositions,
+    Number,
+    NumberEmbedding,
+    SinCos,
+    VectorEmbedding,
+)
 from reelflow.nn.mlp import Activation
 from reelflow.nn.modulation import Modulation, Table, modulate
 from reelflow.nn.norm import Norm, build_norm
@@ -50,6 +60,8 @@ __all__ = ["DiTConfig", "VideoDiT"]
 class DiTConfig:
     """Shape of a `VideoDiT`.
 
+    `rope` "width" lets frequencies run over all heads together (`full_width_frequencies`).
+
     Raises:
         ConfigError: heads do not divide the width, the rotary split does not fill a head, an extent is impossible, or a
             layer needs a context stream that is not there or has another width.
@@ -60,11 +72,7 @@ class DiTConfig:
     num_heads: int
     layers: tuple[Layer, ...]
     patch: Patch = Patch(1, 2, 2)
-    rope: tuple[int, int, int] | Literal["none", "width"] = (
-        16,
-        24,
-        24,
-    )  # head channels turned by t, h, w; "width": all
+    rope: tuple[int, int, int] | Literal["none", "width"] = (16, 24, 24)  # channels of a head turned by t, h, w
     absolute: tuple[SinCos | Learned, ...] = ()  # positions added to the tokens, beside the rotary ones
     theta: float = 10_000.0  # base of rotary frequencies; about 100 suits grids of a few tokens a side
     coordinates: Coordinates = Steps()  # where tokens stand, for the rotary positions
@@ -83,18 +91,22 @@ class DiTConfig:
     vector_dim: int = 0  # width of the vector door's features; 0 closes it
     numbers: tuple[Number, ...] = ()  # numbers door
     extra_channels: int = 0  # channels door
+    extra_apart: Apart | None = None  # maps of its own for the channels door; null: it goes through the latents'
     num_classes: int = 0  # rows of the class table, to which one more is added for "no class"
     last_norm: Norm | None = None  # of the tokens after the last block
     out_norm: Norm = Norm()  # of the tokens before the readout's shift and scale
-    out_groups: Literal["own", "first"] = (
-        "own"  # whose time the readout goes by: each token's own, or the noisiest one's
-    )
+    out_groups: Literal["own", "first"] = "own"  # the time a token's readout goes by: its own, or the noisiest one's
     out_channels: int = 0  # of the prediction; 0: in_channels (twice as many carry a learned variance)
 
     def __post_init__(self) -> None:
         for name in ("stem", "extra_channels", "out_channels", "context_width", "vector_width", "pool"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}; nearest: 0")
+        if self.extra_apart is not None and sum(self.extra_apart.parts) != self.extra_channels:
+            raise ConfigError(
+                f"the parts that have maps of their own are {self.extra_apart.parts}, of {self.extra_channels} "
+                f"channels; nearest: extra_channels={sum(self.extra_apart.parts)}"
+            )
         if self.in_channels < 1 or min(self.patch) < 1:
             raise ConfigError(
                 f"in_channels and patch must be at least 1, got {self.in_channels} and {tuple(self.patch)}"
@@ -169,10 +181,11 @@ class VideoDiT(nn.Module):
         super().__init__()
         self.config = config
         dim, cells = config.dim, config.patch.t * config.patch.h * config.patch.w
-        channels = config.in_channels + config.extra_channels
+        channels = config.in_channels + (0 if config.extra_apart else config.extra_channels)
         width, context_width = config.vector_width or dim, config.context_width or dim
         self.stem = nn.Conv3d(channels, config.stem, 3, padding=1) if config.stem else None
         self.embed = nn.Linear((channels + config.stem) * cells, dim)
+        self.extra = None if config.extra_apart is None else ApartEmbedding(config.extra_apart, config.patch, dim)
         self.tables = nn.ModuleList(LearnedPositions(a, dim) for a in config.absolute if isinstance(a, Learned))
         self.frequencies = None
         if config.frequencies == "learned" and not isinstance(config.rope, str):
@@ -223,10 +236,7 @@ class VideoDiT(nn.Module):
         for index in skip:
             if not 0 <= index < len(self.blocks):
                 raise ConfigError(f"skip takes blocks 0 to {len(self.blocks) - 1}, got {index}")
-        x = latents if condition.channels is None else torch.cat([latents, condition.channels], dim=1)
-        if self.stem is not None:
-            x = torch.cat([x, self.stem(x).to(x.dtype)], dim=1)
-        x = self._with_positions(self.embed(patchify(x, self.config.patch)), grid, 0)
+        x = self._with_positions(self._embed(latents, condition.channels), grid, 0)
         if condition.residual is not None:
             x = x + condition.residual
         vector = self._vector(t, condition)
@@ -255,13 +265,21 @@ class VideoDiT(nn.Module):
         shift, scale = self.modulation(vector if self.config.out_groups == "own" else single)
         return unpatchify(self.out(modulate(self.norm(x), shift, scale)), grid, self.config.patch)
 
+    def _embed(self, x: Float[Tensor, "B C T H W"], extra: Float[Tensor, "B E T H W"] | None) -> Float[Tensor, "B N D"]:
+        if extra is not None and self.extra is None:
+            x = torch.cat([x, extra], dim=1)
+        if self.stem is not None:
+            x = torch.cat([x, self.stem(x).to(x.dtype)], dim=1)
+        tokens = self.embed(patchify(x, self.config.patch))
+        return tokens if extra is None or self.extra is None else tokens + self.extra(extra)
+
     def _with_positions(self, x: Float[Tensor, "B N D"], grid: Grid, block: int) -> Float[Tensor, "B N D"]:
         """Add the positions that are added before a block."""
         tables = iter(self.tables)
         for absolute in self.config.absolute:
             if isinstance(absolute, Learned):
                 table = next(tables)
-                x = x + table(grid).to(x.dtype) if block == 0 else x
+                x = x + table(grid).to(x.dtype) if block == 0 or absolute.every else x
             elif absolute.before == block and (grid.t > 1 or absolute.still):
                 x = x + absolute.vectors(grid, self.config.dim, x.device).to(x.dtype)
         return x

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
+from reelflow.nn.patchify import Patch, patchify
 from reelflow.nn.rope import Coordinates, Steps, check_axes, grid_positions, token_positions
 
 __all__ = [
+    "Apart",
+    "ApartEmbedding",
     "Learned",
     "LearnedPositions",
     "Number",
@@ -125,6 +128,7 @@ class Learned:
     at: Literal["corner", "centre"] = "corner"  # where a smaller grid lies in the table
     context: int = 0  # tokens of the context that have vectors too, in the same table, before the grid's
     frozen: bool = False  # never trained, but kept as a checkpoint has them; sinusoids until one is read
+    every: bool = False  # added before every block, not before the first alone
     kind: Literal["learned"] = "learned"
 
     def __post_init__(self) -> None:
@@ -194,6 +198,42 @@ class LearnedPositions(nn.Module):
         above = (below + 1).clamp(max=rows - 1)
         weight = (place - below).to(table.dtype).view(-1, *(table.ndim - 1 - axis) * (1,))
         return torch.lerp(table.index_select(axis, below), table.index_select(axis, above), weight)
+
+
+@configuration
+class Apart:
+    """Maps of their own for the patches of channels beside the latents: one for each of `parts`, runs of channels.
+
+    Raises:
+        ConfigError: there is no part, or an empty one.
+    """
+
+    parts: tuple[int, ...]
+    twice: bool = False  # a second map, without a bias, follows each
+
+    def __post_init__(self) -> None:
+        if min(self.parts, default=0) < 1:
+            raise ConfigError(f"every part has at least 1 channel, and there is at least 1 part; got {self.parts}")
+
+
+class ApartEmbedding(nn.Module):
+    """The maps of `Apart`, to tokens which are summed; all are zero at the start."""
+
+    def __init__(self, config: Apart, patch: Patch, dim: int) -> None:
+        super().__init__()
+        self.config, self.patch = config, patch
+        self.maps = nn.ModuleList(nn.Linear(part * math.prod(patch), dim) for part in config.parts)
+        self.then = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in config.parts if config.twice)
+        for last in self.then if config.twice else self.maps:
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B N D"]:
+        parts = zip(x.split(self.config.parts, dim=1), self.maps, strict=True)
+        tokens = [embed(patchify(part, self.patch)) for part, embed in parts]
+        if self.config.twice:
+            tokens = [then(part) for part, then in zip(tokens, self.then, strict=True)]
+        return sum(tokens[1:], start=tokens[0])
 
 
 class VectorEmbedding(nn.Module):

@@ -99,7 +99,7 @@ def dit_cost(
     if len(lengths) != len(context):
         raise ConfigError(f"context_tokens takes one number for each of {len(context)} sources, got {context_tokens}")
     grid = token_grid(latent_shape, config.patch)
-    matrices = grid.num_tokens * (_weights(model.embed) + _weights(model.out))
+    matrices = grid.num_tokens * sum(map(_weights, (model.embed, model.extra, model.out)))
     matrices += prod(latent_shape) * _weights(model.stem)
     matrices += sum(map(_weights, (model.time, model.modulation, model.vector, model.numbers, model.shared)))
     matrices += image_tokens * _weights(model.image)

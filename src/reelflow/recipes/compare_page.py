@@ -348,10 +348,11 @@ def _on_learning(report: Report) -> Iterator[Claim]:
             f"not pass through that; data does, which has fewer dimensions than noise. This is a verdict on such patches and "
             f"this width, not on pixels."
         )
+        versus = " ".join(_versus(latent, side, STEPS, ALL, FRECHET) for side in spaces.values())
         yield Claim(
             "Latents hold 192 times fewer values than the clip, so the same compute teaches far more.",
             f"This autoencoder leaves {report.facts.compression:.1f} times fewer values, and {tokens:.1f} times fewer tokens. "
-            f"{' '.join(_versus(latent, side, STEPS, ALL, FRECHET) for side in spaces.values())} Not in that compute: the autoencoder's own training, "
+            f"{versus} Not in that compute: the autoencoder's own training, "
             f"{report.facts.vae_teraflops:.1f} teraflops beside {latent.outcomes[0].teraflops:.1f} of a run. Real clips that "
             f"only went through it are at a Fréchet of {report.facts.rebuilt[str(latent.outcomes[0].size)].frechet:.2f}."
             + (narrow if values > width else ""),
