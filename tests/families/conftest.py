@@ -53,7 +53,10 @@ def page() -> str:
         diffusers=diffusers.__version__,
         torch=torch.__version__.partition("+")[0],
         rows="\n".join(_row(family, errors) for family, errors in measured),
-        sizes="\n".join(f"| {name} | {size.parameters:,} | {size.parameters:,} |" for name, size in sizes),
+        sizes="\n".join(
+            f"| {name} | {size.parameters:,} | {f'{size.parameters:,}' if size.repository else 'not public'} |"
+            for name, size in sizes
+        ),
         notes="\n".join(f"* {family.name}: {note}" for family in FAMILIES for note in family.notes),
     )
 
