@@ -11,7 +11,11 @@ def families() -> None:
     """List the published transformers. Size, clip, compression, licence of the weights, and where these are."""
     from reelflow.families.published import FAMILIES
 
-    table = Table("name", "parameters", "clip", "pixels to a latent", "channels", "weights", "licence")
+    table = Table()
+    for title in ("name", "parameters", "clip", "pixels to a latent", "channels", "weights", "licence"):
+        table.add_column(
+            title, overflow="fold", no_wrap=title == "name"
+        )  # names are to be copied: whole, if on two lines
     for family in FAMILIES:
         for name, size in family.sizes.items():
             clip, stride, config = size.clip or family.clip, size.stride or family.stride, size.config
