@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.nn.attention import QKNorm, attend, build_qk_norm, normed_heads, split_heads
+from reelflow.nn.attention import QKNorm, attend, build_qk_norm
 from reelflow.nn.mlp import Activation, Mlp, activate, inner_width
 from reelflow.nn.modulation import Modulation, Table, gated, modulate, spread
 from reelflow.nn.norm import Norm, build_norm
 from reelflow.nn.patchify import Grid
 from reelflow.nn.patterns import Full, Gated, Pattern, attend_pattern
-from reelflow.nn.qk import queries_keys_values
+from reelflow.nn.qk import normed_parts, queries_keys_values
 from reelflow.nn.rope import Rope
 
 __all__ = [
@@ -275,8 +275,8 @@ class Read(nn.Module):
         self.norm_k = build_qk_norm(norm, dim, num_heads)
 
     def forward(self, x: Float[Tensor, "B L I"]) -> tuple[Tensor, Tensor]:
-        k, v = self.kv(x).chunk(2, dim=-1)
-        return normed_heads(k, self.norm_k, self.num_heads), split_heads(v, self.num_heads)
+        k, v = normed_parts(self.kv(x), (self.norm_k,), self.num_heads, parts=2)
+        return k, v
 
 
 class _Chunks(NamedTuple):
@@ -373,14 +373,15 @@ class DualBlock(nn.Module):
         k, v = torch.cat([ck, k], dim=2), torch.cat([cv, v], dim=2)
         joint = attend_pattern(self.spec.attend, q, k, v, s.grid, mask=s.mask, alpha=_alpha(self.gate, x))
         length = joint.shape[1] - s.video.shape[1]  # 0 when the context only is read
-        video = self.video.add_attention(s.video, joint[:, length:], own)
+        c_attention, attention = joint.split([length, s.video.shape[1]], dim=1)
+        video = self.video.add_attention(s.video, attention, own)
         if self.again is not None:
             (chunks,) = again
             video = gated(video, chunks.gate, self.again(modulate(normed, chunks.shift, chunks.scale), s))
         video = self.video.add_mlp(video, mlp)
         if isinstance(other, ReadStream):
             return video, s.context
-        return video, other.add_mlp(other.add_attention(s.context, joint[:, :length], c_own), c_mlp)
+        return video, other.add_mlp(other.add_attention(s.context, c_attention, c_own), c_mlp)
 
     def _chunks(self, modulation: Modulation, vector: Tensor) -> list[_Chunks]:
         """Return what modulates attention, MLP and, where there is one, the second attention."""
@@ -415,7 +416,8 @@ class SingleBlock(nn.Module):
         alpha = _alpha(self.gate, y[:, length:])
         attention = attend_pattern(self.pattern, q, k, v, s.grid, mask=s.mask, alpha=alpha)
         x = gated(x, gate, self.out(torch.cat([attention, activate(self.up(y), self.activation)], dim=-1)))
-        return x[:, length:], x[:, :length]
+        context, video = x.split([length, s.video.shape[1]], dim=1)
+        return video, context
 
     def _modulations(self, s: Streams) -> list[tuple[Tensor, Tensor]]:
         video = self.modulation(s.vector)
@@ -457,7 +459,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "B N D"], s: Streams) -> Float[Tensor, "B N D"]:
-        q = normed_heads(self.query(x), self.norm_q, self.num_heads)
+        (q,) = normed_parts(self.query(x), (self.norm_q,), self.num_heads, parts=1)
         mask = None if s.mask is None else s.mask[..., : s.context.shape[1]]
         found = attend(q, *self.read(s.context), mask=mask)
         if self.image is not None and s.image is not None:
