@@ -84,6 +84,16 @@ def test_streaming_hands_out_the_frames_of_the_whole_clip(pipeline, overlap):
         assert torch.equal(torch.cat(parts, dim=2), pipeline.generate([PROMPT], num_frames=29, seed=4))
 
 
+@pytest.mark.parametrize("num_frames", [5, 13])
+def test_latents_are_handed_out_instead_of_the_clip_they_decode_to(pipeline, num_frames):
+    made = {kind: pipeline.generate(["one"], num_frames=num_frames, output=kind) for kind in ("clip", "latents")}
+    config = pipeline.card.vae
+    assert made["latents"].shape == (1, *config.latent_shape(num_frames, *made["clip"].shape[3:]))
+    if num_frames <= pipeline.card.clip.num_frames:
+        with torch.no_grad():
+            assert torch.equal(pipeline.vae.decode(made["latents"]).clamp(-1, 1), made["clip"])
+
+
 def test_each_chunk_goes_on_from_the_last_frames_of_the_one_before(pipeline):
     first, second = pipeline.stream([PROMPT], num_frames=17, seed=4, overlap=1)
     end = first[:, :, -1]

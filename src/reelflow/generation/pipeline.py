@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -36,7 +37,9 @@ from reelflow.models.vae import CausalVAE, VAEConfig
 from reelflow.models.weights import load_weights
 from reelflow.nn.patchify import token_grid
 
-__all__ = ["ModelCard", "Pipeline", "Progress", "fingerprint", "model_folder", "read_card", "to_frames"]
+__all__ = ["ModelCard", "Output", "Pipeline", "Progress", "fingerprint", "model_folder", "read_card", "to_frames"]
+
+Output = Literal["clip", "latents"]
 
 
 @configuration
@@ -179,15 +182,23 @@ class Pipeline:
         seed: int = 0,
         noise: Float[Tensor, "B C t h w"] | None = None,
         sampling: Sampling | None = None,
+        output: Output = "clip",
         progress: Progress | None = None,
-    ) -> Float[Tensor, "B 3 T H W"]:
-        """Make one clip per prompt, in [-1, 1]; clip i draws all its noise from seed + i, or begins with `noise`.
+    ) -> Float[Tensor, "B channels T H W"]:
+        """Make one clip per prompt, in [-1, 1], or its latents; clip i draws its noise from seed + i, or begins with `noise`.
 
         Raises:
             ConfigError: see `check`.
         """
         stream = self.stream(
-            prompts, num_frames=num_frames, image=image, seed=seed, noise=noise, sampling=sampling, progress=progress
+            prompts,
+            num_frames=num_frames,
+            image=image,
+            seed=seed,
+            noise=noise,
+            sampling=sampling,
+            output=output,
+            progress=progress,
         )
         return torch.cat(list(stream), dim=2)
 
@@ -200,13 +211,15 @@ class Pipeline:
         seed: int = 0,
         noise: Float[Tensor, "B C t h w"] | None = None,
         sampling: Sampling | None = None,
+        output: Output = "clip",
         progress: Progress | None = None,
         overlap: int = 2,
-    ) -> Iterator[Float[Tensor, "B 3 T H W"]]:
+    ) -> Iterator[Float[Tensor, "B channels T H W"]]:
         """Make clips of any length, frames handed out as soon as they exist, at memory that does not grow.
 
-        `overlap` latent frames of each chunk are given to the next. When `progress.should_stop` says so, what is
-        known of the chunk at hand is decoded, handed out, and the stream ends. `noise` is the first chunk's.
+        `overlap` latent frames of each chunk are given to the next; as latents, each is handed out once. When
+        `progress.should_stop` says so, what is known of the chunk at hand is handed out, and the stream ends. `noise`
+        is the first chunk's.
 
         Raises:
             ConfigError: see `check`; the overlap leaves nothing to generate; or pictures or noise do not fit the prompts.
@@ -231,15 +244,23 @@ class Pipeline:
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
 
         past, made = (None if image is None else image[:, :, None]), 0
+        total = num_frames if output == "clip" else self.card.vae.latent_shape(num_frames, clip.height, clip.width)[1]
         for chunk in range(num_chunks):
             x = noise if chunk == 0 and noise is not None else _noise(shape, generators)
-            frames, stopped = self._chunk(x, past, condition, generators, sampling, progress, (chunk, num_chunks))
-            fresh = frames if chunk == 0 else frames[:, :, kept:]
-            yield fresh[:, :, : num_frames - made]
+            latents, stopped = self._chunk(x, past, condition, generators, sampling, progress, (chunk, num_chunks))
+            last = stopped or chunk == num_chunks - 1
+            frames = latents.new_zeros(0) if last and output == "latents" else self._decode(latents, sampling)
+            made_now, given = (frames, kept) if output == "clip" else (latents, overlap)
+            fresh = made_now if chunk == 0 else made_now[:, :, given:]
+            yield fresh[:, :, : total - made]
             made += fresh.shape[2]
-            if stopped:
+            if last:
                 return
             past = frames[:, :, -kept:]
+
+    def _decode(self, latents: Float[Tensor, "B C t h w"], sampling: Sampling) -> Float[Tensor, "B 3 T H W"]:
+        with torch.no_grad(), self._autocast(sampling):
+            return self.vae.decode(latents).float().clamp(-1, 1)
 
     def text_condition(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts.
@@ -258,8 +279,8 @@ class Pipeline:
         sampling: Sampling,
         progress: Progress,
         place: tuple[int, int],
-    ) -> tuple[Float[Tensor, "B 3 T H W"], bool]:
-        """Sample and decode one window whose first frames are `past`; also say whether it was stopped midway."""
+    ) -> tuple[Float[Tensor, "B C t h w"], bool]:
+        """Sample one window whose first frames are `past`; also say whether it was stopped midway."""
         space = self.card.parameterization
         predict = self._predict(condition, noise, sampling)
         walk = sampler_of(sampling.sampler, generators)
@@ -285,7 +306,7 @@ class Pipeline:
                 x = walk(predict, x, times, parameterization=space, on_step=on_step)
             except _Stopped as early:
                 x, stopped = early.estimate, True
-            return self.vae.decode(x).float().clamp(-1, 1), stopped
+            return x, stopped
 
     def _predict(self, condition: Condition, noise: Float[Tensor, "B C t h w"], sampling: Sampling) -> Predict:
         space, null = self.card.parameterization, self.text_condition(len(noise) * [""])
