@@ -9,7 +9,7 @@ from reelflow.config import configuration, from_dict, set_values, to_dict
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.dit import DiTConfig
-from reelflow.models.vae import Stage, VAEConfig
+from reelflow.models.vae import Stage, staged
 from reelflow.nn.patchify import Patch
 
 
@@ -55,7 +55,7 @@ OUTER = Outer(seed=3, inner=Inner(rate=0.1))
 DIT = DiTConfig(
     in_channels=4, dim=48, num_heads=2, layers=(Dual(mlp_ratio=3.0), Single()), patch=Patch(1, 2, 1), rope=(8, 8, 8)
 )
-VAE = VAEConfig(latent_channels=4, encoder=(Stage(8, 1, space=2), Stage(16, 0)), decoder=(Stage(16, 1), Stage(8, 1, 2)))
+VAE = staged(latent_channels=4, encoder=(Stage(8, 1, space=2), Stage(16, 0)), decoder=(Stage(16, 1), Stage(8, 1, 2)))
 
 
 @pytest.mark.parametrize("config", [OUTER, DIT, VAE, Inner(rate=1.0, limit=2.0)], ids=lambda c: type(c).__name__)

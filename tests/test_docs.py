@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from families.tiny import wan as tiny_wan
 from reelflow.generation.pipeline import ModelCard, Pipeline
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
-from reelflow.models.vae import CausalVAE, Stage, VAEConfig
+from reelflow.models.vae import CausalVAE, Stage, staged
 from reelflow.recipes.world import world
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ def demo_folder(tmp_path, monkeypatch):
     """A working folder that holds `demo/run`, as after `make demo`, with networks too small to be any good."""
     torch.manual_seed(0)
     recipe = world()
-    vae = VAEConfig(
+    vae = staged(
         latent_channels=4,
         patch=4,
         encoder=(Stage(32, 0, space=2, time=4), Stage(32, 0)),
@@ -43,8 +44,18 @@ def demo_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def published_folder(tmp_path_factory):
+    """A published system of tiny random networks."""
+    path = tmp_path_factory.mktemp("published") / "system"
+    tiny_wan(path)
+    return path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page, demo_folder):
+def test_snippets_run(page, demo_folder, request):
+    if page.name == "published.md":
+        Path("Wan2.1-T2V-1.3B-Diffusers").symlink_to(request.getfixturevalue("published_folder"))
     names: dict[str, object] = {}
     for snippet in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         exec(compile(snippet, str(page), "exec"), names)

@@ -9,11 +9,11 @@ from reelflow.generation.sampling import Sampling
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
-from reelflow.models.vae import CausalVAE, Stage, VAEConfig
+from reelflow.models.vae import CausalVAE, Stage, staged
 from reelflow.nn.patchify import Patch
 
 CARD = ModelCard(
-    vae=VAEConfig(
+    vae=staged(
         latent_channels=4,
         patch=4,
         resample_kernel=1,

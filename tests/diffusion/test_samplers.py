@@ -24,10 +24,12 @@ from reelflow.diffusion.samplers import (
     Restart,
     adams_bashforth,
     ancestral,
+    consistency,
     ddim,
     dpm2m,
     dpm2m_sde,
     dpm2s,
+    draw,
     euler,
     euler_maruyama,
     heun,
@@ -55,6 +57,7 @@ STOCHASTIC = {
     "large": partial(ancestral, variance="large"),
     "maruyama": euler_maruyama,
     "dpm2m_sde": dpm2m_sde,
+    "consistency": consistency,
     "restart": partial(restart, restarts=[Restart(1, 3, 2), Restart(0, 4)]),
 }
 FLOW, EVEN, EXPLODING = RectifiedFlow(), VariancePreserving(schedule="cosine", continuous=True), VarianceExploding()
@@ -325,6 +328,53 @@ def test_unipc_is_the_published_recurrence(order, scale):
     close(unipc(wavy, X, times, order=order, scale=scale, parameterization=p), x, 1e-10)
 
 
+def test_unipc_without_corrector_is_the_predictor_alone():
+    times = torch.tensor([0.2, 0.5, 0.7, 0.9], dtype=torch.float64)
+    close(unipc(wavy, X, times, order=1, uncorrected=(0, 1)), euler(wavy, X, times), 1e-14)
+    corrected = unipc(wavy, X, times, order=1)
+    assert (unipc(wavy, X, times, order=1, uncorrected=(0,)) - corrected).abs().max() > 1e-3
+    close(unipc(wavy, X, times, order=1, uncorrected=(2,)), corrected, 0)  # the last step never is
+
+
+def test_unipc_may_lower_its_order_towards_the_end():
+    times = torch.tensor([0.2, 0.4, 0.5, 0.7, 0.9], dtype=torch.float64)
+    third, lowered = (unipc(wavy, X, times, order=3, lower_final=lower) for lower in (False, True))
+    assert (third - lowered).abs().max() > 1e-4
+    two = times[:3]
+    close(unipc(wavy, X, two, order=3, lower_final=True), unipc(wavy, X, two, order=1), 1e-14)
+
+
+def test_consistency_keeps_nothing_of_the_noise_that_is_seen():
+    p, times = Parameterization(EVEN, "v"), torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)
+    x, generator = X, seeded()
+    for t, t_next in pairwise(times):
+        data, _ = _data_and_lambda(p, x, t)
+        z = torch.randn(X.shape, generator=generator, dtype=X.dtype)
+        x = EVEN.alpha(t_next) * data + EVEN.sigma(t_next) * z
+    close(consistency(wavy, X, times, generator=seeded(), parameterization=p), x, 1e-13)
+
+
+def test_euler_may_clip_the_data_and_leaves_the_noise():
+    p, t, t_next = Parameterization(EVEN, "v"), *torch.tensor([0.3, 0.6], dtype=torch.float64)
+    seen = p.estimate(X, wavy(X, t.expand(2)), t.expand(2))
+    assert seen.data.abs().max() > 0.5
+    expected = EVEN.alpha(t_next) * seen.data.clamp(-0.5, 0.5) + EVEN.sigma(t_next) * seen.noise
+    close(euler(wavy, X, torch.stack([t, t_next]), clip=0.5, parameterization=p), expected, 1e-13)
+
+
+def test_steps_may_land_elsewhere_than_the_next_begins():
+    p, times = Parameterization(EVEN, "v"), torch.tensor([0.1, 0.4, 0.8, 1.0], dtype=torch.float64)
+    landings = torch.tensor([0.5, 0.7, 0.9], dtype=torch.float64)
+    x = X
+    for t, landing in zip(times[:-1], landings, strict=True):
+        x = euler(wavy, x, torch.stack([t, landing]), parameterization=p)
+    assert torch.equal(euler(wavy, X, times, landings=landings, parameterization=p), x)
+    for sampler in (euler, partial(dpm2m_sde, generator=seeded())):
+        for wrong in (landings[:2], landings - 0.45, landings + 0.2):
+            with pytest.raises(ConfigError, match="landings must be one for each of 3 steps"):
+                sampler(wavy, X, times, landings=wrong, parameterization=p)
+
+
 def test_adams_bashforth_over_even_steps_has_the_textbook_coefficients():
     times, h = inference_times(5), 0.2
     slopes, x = [], X
@@ -589,10 +639,25 @@ def test_a_clip_with_its_own_generator_does_not_depend_on_its_neighbours():
         return x.sin()
 
     times = inference_times(3)
-    for sampler in (ddim, ancestral, euler_maruyama, dpm2m_sde, partial(restart, restarts=[Restart(0, 2)])):
+    for sampler in (
+        ddim,
+        ancestral,
+        euler_maruyama,
+        dpm2m_sde,
+        consistency,
+        partial(restart, restarts=[Restart(0, 2)]),
+    ):
         both = sampler(alone, X, times, generator=[seeded(3), seeded(4)])
         assert torch.equal(both[1:], sampler(alone, X[1:], times, generator=seeded(4)))
         assert not torch.equal(both[1:], sampler(alone, X[1:], times, generator=seeded(5)))
+
+
+def test_noise_may_come_from_a_function():
+    times, generator = inference_times(3), seeded(3)
+    for sampler in (ddim, ancestral, euler_maruyama, dpm2m_sde, consistency):
+        generator.manual_seed(3)
+        given_noise = sampler(wavy, X, times, generator=lambda x: draw(x, generator))
+        assert torch.equal(given_noise, sampler(wavy, X, times, generator=seeded(3)))
 
 
 # Mistakes

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ from torch import nn
 
 from reelflow.errors import CheckpointError, ConfigError
 from reelflow.interop import checkpoints
-from reelflow.interop.checkpoints import Stored, gradients_as_theirs, read_into, state_as_theirs, write_folder
+from reelflow.interop.checkpoints import AsOurs, Stored, gradients_as_theirs, read_into, state_as_theirs, write_folder
 from reelflow.interop.mapping import NEGATED, derived, given, ignored, linear, parameter, rearranged, table
 
 NAME = "diffusion_pytorch_model"
@@ -214,7 +215,7 @@ def test_folders_without_one_set_of_weights_are_refused(folder):
     assert "holds no safetensors file" in refusal(folder)
     (folder / "model.bin").write_bytes(b"\x80\x02}.")
     assert "pickled weights only (model.bin)" in refusal(folder)
-    assert "convert it to safetensors" in refusal(folder / "model.bin")
+    assert "make safetensors of it, if you trust it, with: python -c" in refusal(folder / "model.bin")
     save_file({"a": torch.ones(1)}, folder / f"{NAME}-00001-of-00002.safetensors")
     (folder / "model.bin").unlink()
     assert "but no *.safetensors.index.json" in refusal(folder)
@@ -295,6 +296,51 @@ def test_a_folder_can_be_written_in_another_type(loaded, folder):
     assert same(load_file(folder.parent / "out" / f"{NAME}.safetensors"), expected)
 
 
+def test_a_folder_is_written_from_another_without_the_network(folder, loaded):
+    out, told = folder.parent / "out", []
+    ours = AsOurs(Stored(folder), TABLE)
+    assert same(dict(ours), {name: x for name, x in loaded.state_dict().items() if not name.startswith("tied")})
+    rows = table(parameter(name, f"net.{name}") for name in ours)
+    write_folder(
+        ours,
+        rows,
+        out,
+        config=None,
+        dtype=torch.float16,
+        max_shard_size=None,
+        name="all",
+        metadata={"made": "here"},
+        progress=lambda *bytes_: told.append(bytes_),
+    )
+    assert [path.name for path in out.iterdir()] == ["all.safetensors"]
+    assert same(load_file(out / "all.safetensors"), {f"net.{name}": x.half() for name, x in ours.items()})
+    assert Stored(out).metadata == {"format": "pt", "made": "here"}
+    assert told == sorted(told)
+    assert told[-1] == (2 * sum(x.numel() for x in ours.values()),) * 2
+
+
+def test_what_should_follow_from_the_configuration_is_checked_before_anything_is_written(folder):
+    save_file(published() | {"freqs": torch.ones(5)}, folder / f"{NAME}.safetensors")
+    with pytest.raises(CheckpointError, match="freqs is not what the configuration makes"):
+        AsOurs(Stored(folder), TABLE)
+
+
+def test_the_line_that_makes_safetensors_of_a_pickle_does(folder):
+    tensors = {"a": torch.ones(2), "b": torch.zeros(1)}
+    torch.save({"module": tensors}, folder / "model.pt")
+    with pytest.raises(CheckpointError) as refusal:
+        Stored(folder / "model.pt")
+    line = re.search('python -c "(.*)"$', str(refusal.value)).group(1)
+    exec(line, {})
+    assert same(load_file(folder / "model.safetensors"), tensors)
+
+
+def test_the_preferred_of_several_files_is_read(folder):
+    for name in ("a", "b"):
+        save_file({name: torch.ones(1)}, folder / f"{name}.safetensors")
+    assert list(Stored(folder, names=("c", "b", "b"))) == ["b"]
+
+
 def test_copies_are_written_each(folder):
     model = nn.Linear(3, 2)
     rows = table(parameter({"weight": "a"}, {"x": "a", "y": "a"}), parameter("bias", "b"))
@@ -369,7 +415,7 @@ MEMORY = """
     import torch
     from torch import nn
     from safetensors.torch import save_file
-    from reelflow.interop.checkpoints import read_into, write_folder
+    from reelflow.interop.checkpoints import AsOurs, Stored, read_into, write_folder
     from reelflow.interop.mapping import NEGATED, differences, linear, rearranged, table
 
     WIDTH, DEPTH = 640, 64
@@ -407,9 +453,13 @@ MEMORY = """
     dtype = {"float32": None, "bfloat16": torch.bfloat16}[sys.argv[3]]
     differences(ROWS, empty, {})  # torch imports 75 MB of code for the meta device, whatever the model
     read = peak(lambda: read_into(empty, ROWS, folder, dtype=dtype))
-    again = folder.with_name(f"again-{sys.argv[3]}")
+    again, converted = (folder.with_name(f"{name}-{sys.argv[3]}") for name in ("again", "converted"))
     written = peak(lambda: write_folder(empty, ROWS, again, config={}, max_shard_size=100_000_000))
-    print(read / (size / (2 if dtype else 1)), written)
+    stored = Stored(folder)
+    streamed = peak(lambda: write_folder(
+        AsOurs(stored, ROWS), ROWS, converted, config=None, dtype=dtype, max_shard_size=100_000_000
+    ))
+    print(read / (size / (2 if dtype else 1)), written, streamed)
 """
 
 
@@ -425,7 +475,8 @@ def test_reading_takes_little_more_memory_than_the_weights_and_writing_a_shard(t
 
     run("make")
     for dtype in ("float32", "bfloat16"):
-        read, written = map(float, run("read", dtype).split())
-        print(dtype, read, written)
+        read, written, streamed = map(float, run("read", dtype).split())
+        print(dtype, read, written, streamed)
         assert read <= 1.1
         assert written <= 150_000_000
+        assert streamed <= 150_000_000

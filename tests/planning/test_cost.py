@@ -9,13 +9,13 @@ from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, S
 from reelflow.models.condition import Condition, Source
 from reelflow.models.context import Layers, Refine, Sources
 from reelflow.models.dit import DiTConfig, VideoDiT
-from reelflow.models.vae import CausalVAE, Stage, VAEConfig
+from reelflow.models.vae import CausalVAE, Stage, staged
 from reelflow.nn.embed import Apart, Number
 from reelflow.nn.norm import Norm
 from reelflow.nn.patterns import Causal, Full, Gated, Skip, Space, Time, Window
 from reelflow.planning.cost import count_flops, dit_cost, num_parameters, training_bytes, vae_cost
 
-VAE = VAEConfig(
+VAE = staged(
     latent_channels=4,
     encoder=(Stage(16, 1, space=2, time=2), Stage(32, 1)),
     decoder=(Stage(32, 1), Stage(16, 1, space=2, time=2)),

@@ -13,7 +13,7 @@ from reelflow.config import from_dict, set_values, to_dict
 from reelflow.data.worlds import Reading
 from reelflow.diffusion.process import Parameterization, RectifiedFlow, VariancePreserving
 from reelflow.errors import ConfigError, ReelflowError
-from reelflow.models.vae import Stage, VAEConfig
+from reelflow.models.vae import Stage, staged
 from reelflow.nn.patterns import Space, Time
 from reelflow.recipes import compare as module
 from reelflow.recipes.compare import (
@@ -53,7 +53,7 @@ TINY = replace(
         num_clips=8,
         num_validation=4,
     ),
-    vae=VAEConfig(
+    vae=staged(
         latent_channels=4,
         patch=4,
         conv="factorised",

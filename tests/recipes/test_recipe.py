@@ -18,7 +18,7 @@ from reelflow.data.worlds import World
 from reelflow.diffusion.process import Parameterization, VariancePreserving
 from reelflow.errors import ConfigError, DataError
 from reelflow.generation.pipeline import read_card
-from reelflow.models.vae import Stage, VAEConfig
+from reelflow.models.vae import Stage, staged
 from reelflow.recipes.demo import demo
 from reelflow.recipes.page import Results
 from reelflow.recipes.recipe import Recipe, WorldData, run
@@ -31,7 +31,7 @@ MODEL_FILES = ("model.json", "vae.safetensors", "dit.safetensors")
 
 def tiny() -> Recipe:
     base = world()
-    vae = VAEConfig(
+    vae = staged(
         latent_channels=4,
         patch=4,
         conv="factorised",

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from reelflow.errors import ConfigError
-from reelflow.models.vae import CausalVAE, Posterior, Stage, VAEConfig
+from reelflow.models.vae import CausalVAE, Posterior, Stage, staged
 from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
 
-VAE = VAEConfig(2, (Stage(8, 0, space=2, time=2),), (Stage(8, 0, space=2, time=2),))
+VAE = staged(2, (Stage(8, 0, space=2, time=2),), (Stage(8, 0, space=2, time=2),))
 CONFIG = AutoencoderConfig(crop_frames=3, crop_size=4)
 T, H, W = 6, 10, 12
 UNIT = torch.tensor([40, 20, 20])  # grey levels per frame, row and column

@@ -31,6 +31,8 @@ def families() -> None:
             )
     stdout().print(table)
     print(
-        "What one costs:   reelflow plan NAME --frames 81 --height 480 --width 832\n"
-        "A folder of such weights becomes a network with reelflow.load_transformer(FOLDER)."
+        "What one costs:          reelflow plan NAME --frames 81 --height 480 --width 832\n"
+        "A clip, by a system:     reelflow generate PROMPT --model FOLDER -o clip.mp4\n"
+        "Into another layout:     reelflow convert FOLDER OUT --to diffusers\n"
+        "In Python:               reelflow.load(FOLDER), reelflow.load_transformer(FOLDER), reelflow.load_vae(FOLDER)"
     )

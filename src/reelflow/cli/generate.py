@@ -3,10 +3,11 @@
 import hashlib
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,8 +17,8 @@ from reelflow.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reelflow.generation.pipeline import ModelCard
-    from reelflow.generation.provenance import Provenance
+    from reelflow.generation.pipeline import Progress
+    from reelflow.generation.provenance import Asking, Provenance
 
 __all__ = ["SamplerKind", "generate"]
 
@@ -41,7 +42,9 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help='What to show; "" lets the model choose.')] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="The clip: .mp4, .webm, .gif or .mkv (lossless).")],
-    model: Annotated[Path | None, typer.Option(help="A run or model folder.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A run or model folder, or a published system as diffusers writes it.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="First frame: an image, or a video's first frame.")] = None,
     frames: Annotated[int | None, typer.Option(help="Length; longer than the model's is made in chunks.")] = None,
     seed: Annotated[
@@ -49,6 +52,9 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps [default: the model's].")] = None,
     guidance: Annotated[float | None, typer.Option(help="How hard to follow the prompt; 1 = no guidance.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What a published system is to avoid.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, of a published system.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, of a published system.")] = None,
     shift: Annotated[float | None, typer.Option(help="More than 1 spends more steps near noise.")] = None,
     sampler: Annotated[
         SamplerKind | None, typer.Option(help="heun, midpoint and dpm2s cost two evaluations a step.")
@@ -65,7 +71,8 @@ def generate(
 ) -> int:
     """Make a clip from a prompt. Ctrl-C keeps what there is."""
     kind = None if sampler is None else {"kind": sampler}
-    changes = {"num_steps": steps, "guidance_scale": guidance, "shift": shift, "sampler": kind}
+    changes: dict[str, Any] = {"num_steps": steps, "guidance_scale": guidance, "shift": shift, "sampler": kind}
+    changes |= {"negative_prompt": negative, "height": height, "width": width}
     changes = {name: value for name, value in changes.items() if value is not None}  # of the model's own sampling
     if again is not None and (changes or assignments or any(value is not None for value in (prompt, frames, seed))):
         raise ConfigError("--from makes the same clip again: leave out the prompt, --frames, --seed and the sampling")
@@ -74,11 +81,8 @@ def generate(
     if again is None and model is None:
         raise ConfigError("give the model to use: --model RUN (make one with: reelflow train)")
 
-    from reelflow.config import from_dict, set_values, to_dict
     from reelflow.data.video import VideoWriter
-    from reelflow.generation.pipeline import read_card
     from reelflow.generation.provenance import Provenance
-    from reelflow.generation.sampling import Sampling
 
     told = None if again is None else Provenance.read(again)
     beside = Provenance.path_beside(out)
@@ -89,28 +93,31 @@ def generate(
     if told is not None:
         model, image = model or Path(told.model), image or (Path(told.image) if told.image else None)
     assert model is not None
-    card = read_card(model)
-    VideoWriter(out, fps=card.clip.fps)  # refuses a suffix it cannot write
+    engine = Published(model) if (model / "model_index.json").is_file() else Trained(model)
+    sampling = engine.sampling(changes, assignments or []) if told is None else told.sampling
+    num_frames = told.num_frames if told is not None else frames
+    fps, size = engine.fps(sampling), engine.size(sampling)
+    VideoWriter(out, fps=fps)  # refuses a suffix it cannot write
     if told is None:
         request = Provenance.of(
-            _checked(prompt or "", card),
+            _checked(prompt or "", engine),
             seed=seed or 0,
-            num_frames=card.clip.num_frames if frames is None else frames,
-            sampling=set_values(from_dict(Sampling, to_dict(card.sampling) | changes), assignments or []),
+            num_frames=engine.num_frames if num_frames is None else num_frames,
+            sampling=sampling,
             model=model,
             image=image,
         )
     else:
         request = told.again(model=model, image=image)
         _warn_of_differences(told)
-    first_frame = None if image is None else _first_frame(image, card)
-    card.check(num_frames=request.num_frames, image=first_frame, sampling=request.sampling)
+    first_frame = None if image is None else _first_frame(image, *size)
+    engine.check(request, first_frame)
 
     start = time.perf_counter()
-    made = _make(request, told, card, model, first_frame, out, preview)
+    made = _make(request, told, engine, fps, first_frame, out, preview)
     seconds = time.perf_counter() - start
     print(
-        f"{out}: {made.frames_made} frames of {card.clip.width} x {card.clip.height} at {card.clip.fps:g} fps in "
+        f"{out}: {made.frames_made} frames of {size[1]} x {size[0]} at {fps:g} fps in "
         f"{seconds:.1f} s, seed {made.seed}; {beside} makes it again"
     )
     if made.interrupted_after != (None if told is None else told.interrupted_after):
@@ -123,11 +130,120 @@ def generate(
     return 0 if same else 1
 
 
+class Trained:
+    """A model of ours, as the command asks it; its weights are read when it streams."""
+
+    def __init__(self, folder: Path) -> None:
+        from reelflow.generation.pipeline import read_card
+
+        self.folder, self.card = folder, read_card(folder)
+        self.num_frames = self.card.clip.num_frames
+
+    def sampling(self, changes: Mapping[str, Any], assignments: Sequence[str]) -> "Asking":
+        from reelflow.config import from_dict, set_values, to_dict
+        from reelflow.generation.sampling import Sampling
+
+        _refuse(changes, Sampling, "a model of yours has its own size and leads away from the empty prompt")
+        return set_values(from_dict(Sampling, {**to_dict(self.card.sampling), **changes}), assignments)
+
+    def fps(self, sampling: "Asking") -> float:
+        return self.card.clip.fps
+
+    def size(self, sampling: "Asking") -> tuple[int, int]:
+        return self.card.clip.height, self.card.clip.width
+
+    def check_prompt(self, prompt: str) -> list[str]:
+        """Refuse a prompt that cannot be read; return the words that the model does not know, with hints."""
+        self.card.text([prompt])
+        hints = []
+        for word in dict.fromkeys(self.card.unknown_words(prompt)):
+            close = get_close_matches(word, self.card.words, n=2, cutoff=0.6)
+            hints.append(f"{word} (did you mean {' or '.join(close)}?)" if close else word)
+        return hints
+
+    def check(self, request: "Provenance", first_frame: "Tensor | None") -> None:
+        from reelflow.generation.sampling import Sampling
+
+        if not isinstance(request.sampling, Sampling):
+            raise ConfigError(f"the clip was made by a published system, but {self.folder} is a model of yours")
+        self.card.check(num_frames=request.num_frames, image=first_frame, sampling=request.sampling)
+
+    def stream(self, request: "Provenance", first_frame: "Tensor | None", progress: "Progress") -> "Iterator[Tensor]":
+        from reelflow.generation.pipeline import Pipeline
+        from reelflow.generation.sampling import Sampling
+
+        assert isinstance(request.sampling, Sampling)
+        return Pipeline.load(self.folder).stream(
+            [request.prompt],
+            num_frames=request.num_frames,
+            image=first_frame,
+            seed=request.seed,
+            sampling=request.sampling,
+            progress=progress,
+        )
+
+
+class Published:
+    """A published system, as the command asks it; its weights are read when it streams."""
+
+    def __init__(self, folder: Path) -> None:
+        from reelflow.families.systems import sketch_system
+        from reelflow.generation.published import PublishedPipeline
+
+        self.folder, self.sketch = folder, PublishedPipeline(sketch_system(folder))
+        self.num_frames = self.sketch.system.defaults.clip[0]
+
+    def sampling(self, changes: Mapping[str, Any], assignments: Sequence[str]) -> "Asking":
+        from reelflow.config import from_dict, set_values
+        from reelflow.generation.published import PublishedSampling
+
+        _refuse(changes, PublishedSampling, "a published system keeps its own sampler and schedule")
+        scale = {"guidance_scale": [changes["guidance_scale"]]} if "guidance_scale" in changes else {}
+        return set_values(from_dict(PublishedSampling, {**changes, **scale}), assignments)
+
+    def fps(self, sampling: "Asking") -> float:
+        return getattr(sampling, "fps", None) or self.sketch.system.defaults.fps
+
+    def size(self, sampling: "Asking") -> tuple[int, int]:
+        from reelflow.generation.published import PublishedSampling
+
+        assert isinstance(sampling, PublishedSampling)
+        return self.sketch.clip(None, sampling)[1:]
+
+    def check_prompt(self, prompt: str) -> list[str]:
+        """Return nothing: large encoders read any words."""
+        return []
+
+    def check(self, request: "Provenance", first_frame: "Tensor | None") -> None:
+        from reelflow.generation.published import PublishedSampling
+
+        if not isinstance(request.sampling, PublishedSampling):
+            raise ConfigError(f"the clip was made by a model of yours, but {self.folder} is a published system")
+        self.sketch.check([request.prompt], num_frames=request.num_frames, image=first_frame, sampling=request.sampling)
+
+    def stream(self, request: "Provenance", first_frame: "Tensor | None", progress: "Progress") -> "Iterator[Tensor]":
+        import torch
+
+        from reelflow.families.systems import load_system
+        from reelflow.generation.published import PublishedPipeline, PublishedSampling
+
+        assert isinstance(request.sampling, PublishedSampling)
+        dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[request.sampling.precision]
+        yield PublishedPipeline(load_system(self.folder, dtype=dtype)).generate(
+            [request.prompt],
+            num_frames=request.num_frames,
+            image=first_frame,
+            seed=request.seed,
+            sampling=request.sampling,
+            progress=progress,
+        )
+
+
 def _make(
     request: "Provenance",
     told: "Provenance | None",
-    card: "ModelCard",
-    model: Path,
+    engine: Trained | Published,
+    fps: float,
     first_frame: "Tensor | None",
     out: Path,
     preview: Path | None,
@@ -136,11 +252,10 @@ def _make(
     import torch
 
     from reelflow.data.video import VideoWriter, write_contact_sheet
-    from reelflow.generation.pipeline import Pipeline, Progress, to_frames
+    from reelflow.generation.pipeline import Progress, to_frames
     from reelflow.generation.provenance import Provenance
 
     torch.set_num_threads(request.num_threads)
-    pipeline = Pipeline.load(model)
     last_frame = request.num_frames if told is None else told.frames_made
     last_step = None if told is None else told.interrupted_after
     steps, stopped_after, num_frames, digest = 0, None, 0, hashlib.sha256()
@@ -166,17 +281,10 @@ def _make(
                 write_contact_sheet(preview, [to_frames(clip[0])], columns=6)
 
         progress = Progress(on_step, on_preview if preview is not None else None, should_stop=should_stop)
-        stream = pipeline.stream(
-            [request.prompt],
-            num_frames=request.num_frames,
-            image=first_frame,
-            seed=request.seed,
-            sampling=request.sampling,
-            progress=progress,
-        )
+        stream = engine.stream(request, first_frame, progress)
         beside = Provenance.path_beside(out)
         try:
-            with VideoWriter(out, fps=card.clip.fps) as writer:
+            with VideoWriter(out, fps=fps) as writer:
                 for part in stream:
                     new = to_frames(part[0])[: last_frame - num_frames].contiguous()
                     writer.write(new)
@@ -198,27 +306,28 @@ def _make(
     return made
 
 
-def _checked(prompt: str, card: "ModelCard") -> str:
+def _checked(prompt: str, engine: Trained | Published) -> str:
     """Refuse a prompt that cannot be read, and warn of words that the model does not know."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"the prompt is not valid Unicode at character {error.start + 1}") from error
-    card.text([prompt])
-    hints = []
-    for word in dict.fromkeys(card.unknown_words(prompt)):
-        close = get_close_matches(word, card.words, n=2, cutoff=0.6)
-        hints.append(f"{word} (did you mean {' or '.join(close)}?)" if close else word)
-    if hints:
+    if hints := engine.check_prompt(prompt):
         warn(f"the model has never read these words and cannot follow them: {', '.join(hints)}")
     return prompt
 
 
-def _first_frame(image: Path, card: "ModelCard") -> "Tensor":
+def _refuse(changes: Mapping[str, Any], sampling: type, reason: str) -> None:
+    """Refuse an option that a kind of sampling has no place for."""
+    for name in changes:
+        if name not in {field.name for field in fields(sampling)}:
+            raise ConfigError(f"--{name.partition('_')[0]} is not for this model: {reason}")
+
+
+def _first_frame(image: Path, height: int, width: int) -> "Tensor":
     """Read the first frame, 1 3 H W in [-1, 1], and say what was done to it."""
     from reelflow.data.video import probe, read_clip
 
-    height, width = card.clip.height, card.clip.width
     info = probe(image)
     if (info.height, info.width) != (height, width):
         print(f"{image}: {info.width} x {info.height}, resized and centre-cropped to {width} x {height}")

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from reelflow.cli.compare import compare
+from reelflow.cli.convert import convert
 from reelflow.cli.data import data
 from reelflow.cli.encode import encode
 from reelflow.cli.evaluate import evaluate
@@ -28,7 +29,7 @@ from reelflow.errors import ReelflowError
 __all__ = ["app", "main", "run"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
-for command in (generate, train, encode, evaluate, plan, compare, families):
+for command in (generate, train, encode, evaluate, plan, compare, families, convert):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plot, name="plot")

@@ -13,10 +13,11 @@ from reelflow.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from reelflow.families.vdit import FoundingModel
+    from reelflow.models.dit import DiTConfig
     from reelflow.planning.cost import DiTCost, VAECost
     from reelflow.recipes.recipe import Recipe
 
-__all__ = ["Costs", "founding_tables", "model_table", "plan", "published_table", "summary"]
+__all__ = ["Costs", "founding_tables", "memory_table", "model_table", "plan", "published_table", "summary"]
 
 FORMULA = """\
 FLOPs count a multiply-add as two, and matrix products and convolutions only. For N video and L context tokens of width
@@ -27,6 +28,10 @@ Held in training: weights, gradients, two moments and an average, 4 bytes each; 
 MODEL_FORMULA = """\
 One forward of one clip, a multiply-add being two FLOPs; attention is its share. Held: weights, gradients, two moments and
 an average, 4 bytes each."""
+
+MEMORY = """\
+Activations and gradients are those of one clip in bfloat16, without recomputation, weighed as operations make and drop
+them; what kernels use inside themselves comes on top. Keys and values are what a cache of the whole clip would hold."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def plan(
         return
     if "." in name:
         print(published_table(name, assignments or [], **extents))
-        print("\n" + MODEL_FORMULA)
+        print("\n" + memory_table(name, assignments or [], **extents))
+        print("\n" + MODEL_FORMULA + "\n" + MEMORY)
         return
     models = _find_models(name, assignments or [])
     print(model_table(models, **extents))
@@ -226,23 +232,18 @@ def published_table(
     height: int | None = None,
     width: int | None = None,
 ) -> str:
-    """Return what a published network costs on a clip, in Markdown.
+    """Return what a published network computes of a clip, in Markdown.
 
     Raises:
         ConfigError: there is no network of this name, or the clip does not fit it.
     """
-    from reelflow.config import set_values
-    from reelflow.families.published import find_size
-    from reelflow.planning.cost import dit_cost, training_bytes
+    from reelflow.planning.cost import dit_cost
 
-    family, size = find_size(name)
-    asked = zip((frames, height, width), size.clip or family.clip, strict=True)
-    clip = tuple(usual if given is None else given for given, usual in asked)
-    config = set_values(size.config, assignments)
-    pictures = family.image_tokens if config.image else 0
-    cost = dit_cost(config, family.latent_shape(size, clip), family.context_tokens, image_tokens=pictures)
+    asked = _Asked.of(name, assignments, (frames, height, width))
+    pictures = asked.image_tokens
+    cost = dit_cost(asked.config, asked.latents, asked.context_tokens, image_tokens=pictures)
     rows = (
-        ("clip", " x ".join(map(str, clip))),
+        ("clip", " x ".join(map(str, asked.clip))),
         (
             "tokens + text",
             f"{cost.num_tokens:,} + {cost.context_tokens}{f' + {pictures} of a picture' if pictures else ''}",
@@ -251,10 +252,59 @@ def published_table(
         ("forward of one clip", _flops(cost.flops)),
         ("of it attention", f"{_flops(cost.attention_flops)}, {cost.attention_flops / cost.flops:.0%}"),
         ("training step of one clip", _flops(3 * cost.flops)),
-        ("weights in bfloat16", f"{2 * cost.num_parameters / 2**30:.1f} GiB"),
-        ("held in training", f"{training_bytes(cost.num_parameters) / 2**30:.1f} GiB"),
     )
     return _markdown((name, ""), rows)
+
+
+def memory_table(
+    name: str,
+    assignments: Sequence[str] = (),
+    *,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> str:
+    """Return what a published network holds while it works on a clip, in Markdown.
+
+    Raises:
+        ConfigError: as `published_table`.
+    """
+    from reelflow.planning.cost import training_bytes
+    from reelflow.planning.memory import dit_memory
+
+    asked = _Asked.of(name, assignments, (frames, height, width))
+    memory = dit_memory(asked.config, asked.latents, asked.context_tokens, image_tokens=asked.image_tokens)
+    rows = (
+        ("weights", _gib(memory.weights)),
+        ("activations of a forward, at their peak", _gib(memory.inference)),
+        ("keys and values of all layers", _gib(memory.keys_values)),
+        ("activations and gradients of a training step, at their peak", _gib(memory.training)),
+        ("weights, gradients, moments and average in float32", _gib(training_bytes(memory.weights // 2))),
+    )
+    return _markdown(("memory, in bfloat16", ""), rows)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A published network, and a clip for it."""
+
+    config: "DiTConfig"
+    clip: tuple[int, ...]
+    latents: tuple[int, int, int]
+    context_tokens: int | tuple[int, ...]
+    image_tokens: int
+
+    @classmethod
+    def of(cls, name: str, assignments: Sequence[str], extents: Sequence[int | None]) -> "_Asked":
+        from reelflow.config import set_values
+        from reelflow.families.published import find_size
+
+        family, size = find_size(name)
+        usual = size.clip or family.clip
+        clip = tuple(own if said is None else said for said, own in zip(extents, usual, strict=True))
+        config = set_values(size.config, assignments)
+        pictures = family.image_tokens if config.image else 0
+        return cls(config, clip, family.latent_shape(size, clip), family.context_tokens, pictures)
 
 
 def founding_tables() -> str:
@@ -282,6 +332,10 @@ def founding_tables() -> str:
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, len(heads) * ("---",), *rows))
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _flops(count: float | int) -> str:

@@ -29,11 +29,11 @@ POSITION_CHANNELS = 16
 
 
 class TextFeatures(NamedTuple):
-    """What an encoder makes of a batch of prompts; `mask` is True at real tokens."""
+    """What an encoder makes of a batch of prompts; `mask` is True at real tokens. Some encoders pool nothing."""
 
     tokens: Float[Tensor, "B L F"]
     mask: Bool[Tensor, "B L"]
-    pooled: Float[Tensor, "B F"]
+    pooled: Float[Tensor, "B V"] | None
 
     def condition(self) -> Condition:
         """Open the context and the vector door."""

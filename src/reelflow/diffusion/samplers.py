@@ -11,15 +11,15 @@ noise.
     dpm2s                    2                     2                            log-SNR
     dpm2m                    1                     2                            log-SNR
     unipc                    1                     one above that asked, to 3   log-SNR
-    ancestral, ddim, euler_maruyama, dpm2m_sde, restart      draw noise on the way
+    ancestral, ddim, euler_maruyama, dpm2m_sde, consistency, restart      draw noise on the way
 
 tau = alpha / (alpha + sigma) is the time of the rectified flow that a process is a scaled copy of (see `process.py`);
 methods in tau are regular at both ends. Log-SNR is infinite where data or noise is absent: multistep methods in it are
 of first order in a step into t = 1, and do not look back at a step out of t = 0 if no data is left there.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -38,17 +38,21 @@ from reelflow.diffusion.process import (
 from reelflow.errors import ConfigError
 
 __all__ = [
+    "Draws",
     "Generators",
+    "Noise",
     "OnStep",
     "Restart",
     "Sampler",
     "Times",
     "adams_bashforth",
     "ancestral",
+    "consistency",
     "ddim",
     "dpm2m",
     "dpm2m_sde",
     "dpm2s",
+    "draw",
     "euler",
     "euler_maruyama",
     "heun",
@@ -59,8 +63,12 @@ __all__ = [
 
 Latents = Float[Tensor, "B C T H W"]
 Times = Float[Tensor, " steps"] | Float[Tensor, "steps columns"]
+Landings = Float[Tensor, " landings"] | Float[Tensor, "landings columns"]
 Generators = torch.Generator | Sequence[torch.Generator]
 """One for the batch, or one per clip, so that a clip does not depend on its neighbours."""
+Noise = Callable[[Latents], Latents]
+"""Returns standard normal noise of the shape of what it is given: called once a step by a sampler that draws."""
+Draws = Generators | Noise
 OnStep = Callable[[int, Latents], None]
 """Called at each step with its number from 0 and the data that x implies so far: a preview."""
 FLOW = Parameterization()
@@ -89,18 +97,26 @@ def euler(
     x: Latents,
     times: Times,
     *,
+    clip: float = math.inf,
+    landings: Landings | None = None,
     parameterization: Parameterization = FLOW,
     on_step: OnStep | None = None,
 ) -> Latents:
     """Mix the estimated data and noise anew at the next time; one evaluation a step.
 
     For rectified flow this is Euler's step x + (t' - t) velocity, for a variance-preserving process DDIM with eta = 0
-    (Song et al. 2021, eq. 12).
+    (Song et al. 2021, eq. 12). Data is cut to [-clip, clip], and the noise left as it was. `landings` are the times
+    that steps go to, where they are not those that the next ones are thought to start from, as some published
+    schedules have it.
 
     Raises:
         ConfigError: times decrease, leave [0, 1], or do not fit the frames of x.
     """
-    return _walk(predict, x, times, parameterization, on_step, lambda step, x, seen, _: step.recompose(seen))
+
+    def advance(step: _Step, x: Latents, seen: Estimate, _: Tensor) -> Latents:
+        return step.recompose(Estimate(seen.data.clamp(-clip, clip), seen.noise))
+
+    return _walk(predict, x, times, parameterization, on_step, advance, landings)
 
 
 def ddim(
@@ -108,7 +124,7 @@ def ddim(
     x: Latents,
     times: Times,
     *,
-    generator: Generators,
+    generator: Draws,
     eta: float = 1.0,
     parameterization: Parameterization = FLOW,
     on_step: OnStep | None = None,
@@ -125,7 +141,7 @@ def ddim(
     def advance(step: _Step, x: Latents, seen: Estimate, _: Tensor) -> Latents:
         fresh = eta**2 * reverse_variances(step.here, step.there)[0]
         kept = (step.there.sigma**2 - fresh).clamp(min=0).sqrt()
-        return combine((step.there.alpha, seen.data), (kept, seen.noise), (fresh.sqrt(), _draw(x, generator)))
+        return combine((step.there.alpha, seen.data), (kept, seen.noise), (fresh.sqrt(), draw(x, generator)))
 
     return _walk(predict, x, times, parameterization, on_step, advance)
 
@@ -135,7 +151,7 @@ def ancestral(
     x: Latents,
     times: Times,
     *,
-    generator: Generators,
+    generator: Draws,
     variance: Literal["small", "large"] = "small",
     parameterization: Parameterization = FLOW,
     on_step: OnStep | None = None,
@@ -157,8 +173,31 @@ def ancestral(
             std = (0.5 * parameterization.log_variance(raw, step.here, step.there)).exp()
         std = torch.where(step.there.sigma > 0, std, 0)
         return combine(
-            (step.there.alpha, seen.data), (step.there.sigma * step.decay, seen.noise), (std, _draw(x, generator))
+            (step.there.alpha, seen.data), (step.there.sigma * step.decay, seen.noise), (std, draw(x, generator))
         )
+
+    return _walk(predict, x, times, parameterization, on_step, advance)
+
+
+def consistency(
+    predict: Predict,
+    x: Latents,
+    times: Times,
+    *,
+    generator: Draws,
+    parameterization: Parameterization = FLOW,
+    on_step: OnStep | None = None,
+) -> Latents:
+    """Mix the estimated data with nothing but fresh noise at the next time (Song et al. 2023, alg. 1).
+
+    Made for networks that were distilled to see the data at once.
+
+    Raises:
+        ConfigError: as for `euler`.
+    """
+
+    def advance(step: _Step, x: Latents, seen: Estimate, _: Tensor) -> Latents:
+        return step.recompose(Estimate(seen.data, draw(x, generator)))
 
     return _walk(predict, x, times, parameterization, on_step, advance)
 
@@ -168,7 +207,7 @@ def euler_maruyama(
     x: Latents,
     times: Times,
     *,
-    generator: Generators,
+    generator: Draws,
     level: float = 1.0,
     parameterization: Parameterization = FLOW,
     on_step: OnStep | None = None,
@@ -188,7 +227,7 @@ def euler_maruyama(
         dtau = step.there.tau - step.here.tau
         std = (2 * level * (1 - step.here.tau) * dtau).sqrt() * step.there.total
         drift = combine((step.there.total * dtau * level, seen.noise))
-        noisy = step.recompose(seen) - drift + combine((std, _draw(x, generator)))
+        noisy = step.recompose(seen) - drift + combine((std, draw(x, generator)))
         return torch.where(step.there.sigma > 0, noisy, step.recompose(seen))
 
     return _walk(predict, x, times, parameterization, on_step, advance)
@@ -298,14 +337,15 @@ def dpm2m_sde(
     x: Latents,
     times: Times,
     *,
-    generator: Generators,
+    generator: Draws,
     eta: float = 1.0,
+    landings: Landings | None = None,
     parameterization: Parameterization = FLOW,
     on_step: OnStep | None = None,
 ) -> Latents:
     """Solve the reverse stochastic equation as `dpm2m` does the flow (SDE-DPM-Solver++ 2M, Lu et al. 2022, eq. 19).
 
-    eta = 0 is `dpm2m`. Nothing is drawn in a step into t = 1.
+    eta = 0 is `dpm2m`. No noise is added in a step into t = 1. `landings` are those of `euler`.
 
     Raises:
         ConfigError: as for `euler`, or `eta` is outside [0, 1].
@@ -315,9 +355,9 @@ def dpm2m_sde(
 
     def advance(step: _Step, x: Latents, seen: Estimate, output: Tensor) -> Latents:
         std = step.there.sigma * (1 - step.decay ** (2 * eta)).sqrt()
-        return method(step, x, seen, output) + combine((std, _draw(x, generator)))
+        return method(step, x, seen, output) + combine((std, draw(x, generator)))
 
-    return _walk(predict, x, times, parameterization, on_step, advance)
+    return _walk(predict, x, times, parameterization, on_step, advance, landings)
 
 
 def unipc(
@@ -327,6 +367,8 @@ def unipc(
     *,
     order: Literal[1, 2, 3] = 2,
     scale: Literal["bh1", "bh2"] = "bh2",
+    lower_final: bool = False,
+    uncorrected: Sequence[int] = (),
     parameterization: Parameterization = FLOW,
     on_step: OnStep | None = None,
 ) -> Latents:
@@ -334,12 +376,19 @@ def unipc(
 
     The corrector adds one to the order; the start limits it to 3. `scale` is B(h) = h or 1 - exp(-h), where it
     matters: in a predictor from two evaluations and a corrector from one, as published. bh1 has no limit at infinite
-    log-SNR, and is bh2 there.
+    log-SNR, and is bh2 there. With `lower_final` no step is of a higher order than there are steps left; steps in
+    `uncorrected`, counted from 0, are not corrected.
 
     Raises:
         ConfigError: as for `euler`.
     """
-    method = _Multistep(lambda step: _exponential(step, scale=scale), order=order, correct="always")
+    method = _Multistep(
+        lambda step: _exponential(step, scale=scale),
+        order=order,
+        correct="always",
+        uncorrected=uncorrected,
+        num_steps=len(times) - 1 if lower_final else None,
+    )
     return _walk(predict, x, times, parameterization, on_step, method)
 
 
@@ -380,7 +429,7 @@ def restart(
     x: Latents,
     times: Times,
     *,
-    generator: Generators,
+    generator: Draws,
     restarts: Sequence[Restart],
     sampler: Sampler = heun,
     parameterization: Parameterization = FLOW,
@@ -416,7 +465,7 @@ def restart(
         for _ in range(repeats):
             step = _step(times[low], times[high], parameterization)
             std = step.here.sigma * (1 - step.decay**2).sqrt()
-            noisier = combine((step.here.alpha / step.there.alpha, x), (std, _draw(x, generator)))
+            noisier = combine((step.here.alpha / step.there.alpha, x), (std, draw(x, generator)))
             x = walk(torch.where(step.moves, noisier, x), low, high)
     return walk(x, row, last)
 
@@ -459,9 +508,16 @@ def _walk(
     parameterization: Parameterization,
     on_step: OnStep | None,
     advance: Advance,
+    landings: Landings | None = None,
 ) -> Latents:
     _check_times(x, times)
-    for index, (t, t_next) in enumerate(pairwise(times.to(x.device, torch.float64))):
+    times = times.to(x.device, torch.float64)
+    ends = times[1:] if landings is None else landings.to(times)
+    if ends.shape != times[1:].shape or not bool(((ends >= times[:-1]) & (ends <= 1)).all()):
+        raise ConfigError(
+            f"landings must be one for each of {len(times) - 1} steps, from its time to 1; got {landings}"
+        )
+    for index, (t, t_next) in enumerate(zip(times[:-1], ends, strict=True)):
         seen, output = _ask(predict, x, t, parameterization)
         if on_step is not None:
             on_step(index, seen.data)
@@ -574,9 +630,16 @@ class _Multistep:
     """An `Advance` that remembers: a frame begins at first order, and begins again after a rest."""
 
     def __init__(
-        self, rule: Callable[[_Step], _Rule], *, order: int, correct: Literal["never", "first", "always"] = "never"
+        self,
+        rule: Callable[[_Step], _Rule],
+        *,
+        order: int,
+        correct: Literal["never", "first", "always"] = "never",
+        uncorrected: Sequence[int] = (),
+        num_steps: int | None = None,  # the order falls with the steps that are left; None: it does not
     ) -> None:
         self.rule, self.order, self.correct = rule, order, correct
+        self.uncorrected, self.num_steps, self.index = uncorrected, num_steps, 0
         self.past: list[tuple[Tensor, Latents]] = []  # nodes and values, the newest first
         self.count = torch.zeros(1, dtype=torch.long)  # how many of them a frame may use
         self.last: _Taken | None = None
@@ -584,12 +647,15 @@ class _Multistep:
     def __call__(self, step: _Step, x: Latents, seen: Estimate, _: Tensor) -> Latents:
         rule = self.rule(step)
         found = rule.value(seen)
-        if self.last is not None and self.correct != "never":
+        if self.last is not None and self.correct != "never" and self.index - 1 not in self.uncorrected:
             chosen = self.last.moves if self.correct == "always" else self.last.moves & (self.last.usable == 0)
             x = torch.where(chosen, self.last.again(found), x)
         others = [((node - rule.node) / rule.width, value) for node, value in self.past]
         self.count = self.count.to(x.device)
         count = torch.where(step.moves & rule.width.isfinite(), self.count, 0)
+        if self.num_steps is not None:
+            count = count.clamp(max=self.num_steps - self.index - 1)
+        self.index += 1
         self.last = _Taken(rule, x, found, others, count, step.moves)
         self.past = [(rule.node, found), *self.past][: self.order - 1]
         self.count = torch.where(step.moves & rule.node.isfinite(), (self.count + 1).clamp(max=self.order - 1), 0)
@@ -614,12 +680,19 @@ def _weights(nodes: list[Tensor], moments: list[Tensor], count: Tensor, half: Te
     return [torch.where(count == 1, half / nodes[0], first), *rest]
 
 
-def _draw(x: Latents, generator: Generators) -> Latents:
+def draw(x: Latents, generator: Draws) -> Latents:
+    """Return standard normal noise like x.
+
+    Raises:
+        ConfigError: there are several generators, but not one for each clip.
+    """
+    if callable(generator):
+        return generator(x)
     if isinstance(generator, torch.Generator):
         return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
     if len(generator) != x.shape[0]:
         raise ConfigError(f"give one generator, or one for each of {x.shape[0]} clips; got {len(generator)}")
-    return torch.cat([_draw(clip[None], g) for clip, g in zip(x, generator, strict=True)])
+    return torch.cat([draw(clip[None], g) for clip, g in zip(x, generator, strict=True)])
 
 
 def _check_times(x: Latents, times: Times) -> None:

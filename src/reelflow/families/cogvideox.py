@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from reelflow.errors import CheckpointError
 from reelflow.families.family import Family, Size, arguments, vector_rows
-from reelflow.interop.mapping import Row, linear, parameter, rearranged, table
+from reelflow.families.originals import Original, Shapes, count_blocks, sequential_rows
+from reelflow.interop.mapping import Row, ignored, linear, parameter, rearranged, table
 from reelflow.models.blocks import Dual
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig
@@ -222,6 +223,72 @@ def _block() -> tuple[Row, ...]:
     )
 
 
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say, of the published designs.
+
+    Raises:
+        CheckpointError: the weights are of none of them.
+    """
+    dim, columns, *flat = shapes["mixins.patch_embed.proj.weight"]  # 1.5 has a linear map of patches 2 x 2 x 2
+    head_dim = shapes["mixins.adaln_layer.query_layernorm_list.0.weight"][0]
+    channels, out_channels = columns if flat else columns // 8, shapes["mixins.final_layer.linear.weight"][0] // 4
+    given = channels > (out_channels if flat else out_channels // 2)
+    positions = {1920: "sinusoids", 3072: "rotary"}
+    if dim not in positions:
+        raise CheckpointError(f"shapes do not tell the positions at width {dim}; published widths: {list(positions)}")
+    return {
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": channels,
+        "out_channels": out_channels if flat else out_channels // 2,
+        "time_embed_dim": shapes["time_embed.0.weight"][0],
+        "ofs_embed_dim": shapes["ofs_embed.0.weight"][0] if "ofs_embed.0.weight" in shapes else None,
+        "text_embed_dim": shapes["mixins.patch_embed.text_proj.weight"][1],
+        "num_layers": count_blocks(shapes, "transformer.layers."),
+        "use_rotary_positional_embeddings": positions[dim] == "rotary",
+        "use_learned_positional_embeddings": bool(given and flat),
+    } | ({} if flat else {"patch_size_t": 2} | _LATER)
+
+
+def original_weights(config: DiTConfig) -> tuple[Row, ...]:
+    """Relate our weights to those of the original's SAT checkpoints, of which some hold tables that are computed."""
+    patches = rearranged("d c h w -> d (c h w)", h=config.patch.h, w=config.patch.w) if config.patch.t == 1 else None
+    stored = any(isinstance(absolute, Learned) for absolute in config.absolute)
+    positions = "mixins.pos_embed.pos_embedding"
+    return table(
+        linear("embed", "mixins.patch_embed.proj", weight=patches),
+        parameter("tables.0.tables.0", positions, rearranged("1 n d -> n d")) if stored else ignored(positions),
+        ignored("mixins.pos_embed.freqs_sin", "mixins.pos_embed.freqs_cos"),
+        ignored("transformer.word_embeddings.weight", "transformer.position_embeddings.weight"),
+        sequential_rows("time.mlp", "time_embed"),
+        sequential_rows("numbers.0.mlp", "ofs_embed") if config.numbers else (),
+        linear("context.maps.0", "mixins.patch_embed.text_proj"),
+        (table(_original_block(i), ours=f"blocks.{i}.") for i in range(len(config.layers))),
+        linear("last_norm", "transformer.final_layernorm"),
+        linear("norm", "mixins.final_layer.norm_final"),
+        linear("modulation.linear", "mixins.final_layer.adaLN_modulation.1"),
+        linear("out", "mixins.final_layer.linear"),
+    )
+
+
+def _original_block(index: int) -> tuple[Row, ...]:
+    layer, adaln = f"transformer.layers.{index}", "mixins.adaln_layer"
+    return table(
+        linear(
+            {"video.modulation.linear": "v1 v2", "context.modulation.linear": "t1 t2"},
+            {f"{adaln}.adaLN_modulations.{index}.1": "v1 v2 t1 t2"},
+        ),
+        linear("video.norm1", f"{layer}.input_layernorm"),
+        linear("video.norm2", f"{layer}.post_attention_layernorm"),
+        linear("video.project.qkv", f"{layer}.attention.query_key_value"),
+        linear("video.project.norm_q", f"{adaln}.query_layernorm_list.{index}"),
+        linear("video.project.norm_k", f"{adaln}.key_layernorm_list.{index}"),
+        linear("video.out", f"{layer}.attention.dense"),
+        linear("video.mlp.up", f"{layer}.mlp.dense_h_to_4h"),
+        linear("video.mlp.down", f"{layer}.mlp.dense_4h_to_h"),
+    )
+
+
 COGVIDEOX = Family(
     name="cogvideox",
     class_name="CogVideoXTransformer3DModel",
@@ -243,6 +310,13 @@ COGVIDEOX = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=("mixins.patch_embed.proj.weight", "transformer.layers.0.attention.query_key_value.weight"),
+        read=read_original,
+        weights=original_weights,
+        file="mp_rank_00_model_states",
+        prefix="model.diffusion_model.",
+    ),
     clip=(49, 480, 720),
     stride=(4, 8, 8),
     context_tokens=226,
@@ -252,6 +326,10 @@ COGVIDEOX = Family(
         "the second norm at the end has eps 1e-5 in diffusers and here, 1e-6 in the original.",
         "5b_i2v: at another number of frames diffusers silently takes sin-cos positions for the learned table; ours reads its "
         "first frames, and refuses a grid larger than it.",
-        "1.5: an odd number of latent frames does not fit the patch; diffusers' pipeline pads, we refuse.",
+        "1.5: an odd number of latent frames does not fit the patch; the network refuses it, and the system makes one more "
+        "before them and drops it before decoding, as diffusers' pipeline does. A picture then stands beside that one alone.",
+        "dynamic guidance has the phase ((steps - timestep) / steps)^5 with timesteps of training, so that it is not "
+        "monotone; so it is here, as `dynamic_guidance`, which is off unless asked for.",
+        "a picture's latents are drawn from what the autoencoder makes of it, not its mean.",
     ),
 )

@@ -5,14 +5,20 @@ one. This is the network as diffusers has it, whose sinusoid of the time ends a 
 another epsilon than the original's, and which keeps a copy of both embedders in every block.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from reelflow.errors import CheckpointError
 from reelflow.families.family import FORMER, Family, Size, arguments, attend_rows, mlp_rows, places, side_of_places
-from reelflow.interop.mapping import Row, linear, parameter, rearranged, table
+from reelflow.families.originals import Original, Shapes, count_blocks, sequential_rows
+from reelflow.interop.mapping import Row, derived, linear, parameter, rearranged, table
 from reelflow.models.blocks import Attend, Branches, FeedForward
 from reelflow.models.dit import DiTConfig
-from reelflow.nn.embed import Number
+from reelflow.nn.embed import Number, SinCos
 from reelflow.nn.norm import Norm
 from reelflow.nn.patchify import Patch
 
@@ -138,6 +144,60 @@ def _block() -> tuple[Row, ...]:
     )
 
 
+_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the original's S, B, L and XL, by width
+
+
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say.
+
+    Raises:
+        CheckpointError: the width is none of the original's, so that the heads are not known.
+    """
+    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    if width not in _HEADS:
+        raise CheckpointError(f"shapes do not tell the heads at width {width}; published widths: {list(_HEADS)}")
+    return {
+        "num_attention_heads": _HEADS[width],
+        "attention_head_dim": width // _HEADS[width],
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
+        "num_layers": count_blocks(shapes, "blocks."),
+        "sample_size": math.isqrt(shapes["pos_embed"][1]) * patch,
+        "patch_size": patch,
+        "num_embeds_ada_norm": shapes["y_embedder.embedding_table.weight"][0] - 1,
+    }
+
+
+def original_weights(config: DiTConfig) -> tuple[Row, ...]:
+    """Relate our weights to the original repository's, which stores the table of positions too."""
+    h, w = config.patch.h, config.patch.w
+    return table(
+        linear("embed", "x_embedder.proj", weight=rearranged("d c h w -> d (c h w)", h=h, w=w)),
+        derived("pos_embed", lambda: _positions(config)),
+        sequential_rows("time.mlp", "t_embedder.mlp"),
+        parameter("classes.weight", "y_embedder.embedding_table.weight"),
+        (table(_original_block(), ours=f"blocks.{i}.", theirs=f"blocks.{i}.") for i in range(len(config.layers))),
+        linear("modulation.linear", "final_layer.adaLN_modulation.1"),
+        linear("out", "final_layer.linear", rearranged("(h w c) ... -> (c h w) ...", h=h, w=w)),
+    )
+
+
+def _original_block() -> tuple[Row, ...]:
+    return table(
+        linear("modulation.linear", "adaLN_modulation.1"),
+        linear("branches.0.function.project.qkv", "attn.qkv"),
+        linear("branches.0.function.out", "attn.proj"),
+        linear("branches.1.function.up", "mlp.fc1"),
+        linear("branches.1.function.down", "mlp.fc2"),
+    )
+
+
+def _positions(config: DiTConfig) -> Tensor:
+    (positions,), side = config.absolute, round(side_of_places(config))
+    assert isinstance(positions, SinCos)
+    return positions.vectors((1, side, side), config.dim, torch.device("cpu"))[None].float()
+
+
 DIT = Family(
     name="dit",
     class_name="DiTTransformer2DModel",
@@ -149,6 +209,12 @@ DIT = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=("pos_embed", "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight"),
+        read=read_original,
+        weights=original_weights,
+        file="dit",
+    ),
     clip=(1, 256, 256),
     stride=(1, 8, 8),
     former_names=("Transformer2DModel",),
@@ -156,5 +222,8 @@ DIT = Family(
         "diffusers differs from the original: its sinusoid's last frequency is 1/10000, and the norm before the MLP has eps "
         "1e-5. Ours are diffusers'.",
         "diffusers stores the embeddings of time and class once in every block; they must agree when read, and are written so.",
+        "diffusers' pipeline guides all four channels, the original the first three; ours as diffusers.",
+        "a name that several classes have (crane) means the last of them in diffusers, and here. No class is the row after "
+        "the last; diffusers always takes row 1000.",
     ),
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reelflow.errors import CheckpointError, ConfigError, nearest
+from reelflow.families.originals import Original
 from reelflow.interop.mapping import Row, linear, table
 from reelflow.models.dit import DiTConfig
 from reelflow.nn.embed import SinCos
@@ -41,7 +42,9 @@ class Size:
 
 @dataclass(frozen=True)
 class Family:
-    """A published design: its sizes, and the way between its checkpoints, in the layout of diffusers, and ours.
+    """A published design: its sizes, and the way between its checkpoints and ours.
+
+    `read`, `write` and `weights` are of the layout of diffusers, or, where diffusers has none, of the only one.
 
     The network predicts velocity (data - noise) where the family is a flow: what runs the other way is turned round by
     `weights`.
@@ -63,6 +66,8 @@ class Family:
     context_tokens: int | tuple[int, ...] = 0  # of a prompt, padded; of each source, if there are several
     image_tokens: int = 0  # of a picture, where one is read
     former_names: tuple[str, ...] = ()  # of the class, in older files
+    native: bool = False  # `read`, `write` and `weights` are of the original repository's layout; diffusers has none
+    original: Original | None = None  # the original repository's layout, where it is another one
     notes: tuple[str, ...] = ()  # where references disagree, and what was chosen
 
     def latent_shape(self, size: Size, clip: Sequence[int]) -> tuple[int, int, int]:

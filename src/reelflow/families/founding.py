@@ -5,7 +5,7 @@ They count latent frames as frames / 4 and latent sides as pixels / 8. A causal 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from reelflow.errors import ConfigError
 from reelflow.families.vdit import MEDIUM, SMALL, asymmetric, autoencoder, class_conditional
 from reelflow.models.blocks import DualBlock
 from reelflow.models.dit import VideoDiT
-from reelflow.models.vae import Stage, VAEConfig
+from reelflow.models.vae import Stage, VAEConfig, staged
 from reelflow.nn.patchify import Grid, Patch, token_grid
 from reelflow.nn.patterns import Full, Space, Time, attended_pairs
 from reelflow.planning.cost import dit_cost, num_parameters
@@ -133,7 +133,7 @@ def corrections() -> list[Correction]:
 
 def _strided(*, space: int, stages: int, time: int = 1) -> VAEConfig:
     down = stages * (Stage(64, 0, space=space, time=time),)
-    return replace(VAE, encoder=down, decoder=down)
+    return staged(VAE.latent_channels, down, down)
 
 
 def _stream_parameters() -> tuple[int, int]:

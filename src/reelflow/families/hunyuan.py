@@ -6,9 +6,12 @@ the first reads its latents and a mask beside the noisy ones; the second has the
 time is then 1, which guidance does not concern and the readout does not see.
 """
 
+import math
 from typing import Any
 
+from reelflow.errors import CheckpointError
 from reelflow.families.family import Family, Size, arguments, dual_rows, readout_rows, refiner_rows, vector_rows
+from reelflow.families.originals import Original, Shapes, count_blocks, sequential_rows
 from reelflow.interop.mapping import NEGATED, Row, linear, rearranged, table
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.context import Refine
@@ -16,7 +19,7 @@ from reelflow.models.dit import DiTConfig
 from reelflow.nn.embed import Number
 from reelflow.nn.patchify import Patch
 
-__all__ = ["HUNYUAN", "transformer"]
+__all__ = ["HUNYUAN", "original_mlp", "original_refiner", "original_vector", "seen_in", "transformer"]
 
 
 def transformer(
@@ -160,6 +163,116 @@ def _single() -> tuple[Row, ...]:
     )
 
 
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say.
+
+    Raises:
+        CheckpointError: shapes do not tell whether the first frame is given.
+    """
+    seen = seen_in(shapes)
+    if seen["in_channels"] == seen["out_channels"]:
+        raise CheckpointError("shapes do not tell whether the network begins with a picture")
+    return seen | {
+        "num_single_layers": count_blocks(shapes, "single_blocks."),
+        "guidance_embeds": "guidance_in.mlp.0.weight" in shapes,
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "image_condition_type": "latent_concat",
+    }
+
+
+def seen_in(shapes: Shapes) -> dict[str, Any]:
+    """Return what the shapes of an original checkpoint tell of blocks of two streams and of the refiner."""
+    dim, channels, *patch = shapes["img_in.proj.weight"]
+    head_dim = shapes["double_blocks.0.img_attn_q_norm.weight"][0]
+    return {
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0] // math.prod(patch),
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": count_blocks(shapes, "double_blocks."),
+        "num_refiner_layers": count_blocks(shapes, "txt_in.individual_token_refiner.blocks."),
+        "mlp_ratio": shapes["double_blocks.0.img_mlp.fc1.weight"][0] / dim,
+        "patch_size": patch[1],
+        "patch_size_t": patch[0],
+        "text_embed_dim": shapes["txt_in.input_embedder.weight"][1],
+    }
+
+
+def original_weights(config: DiTConfig) -> tuple[Row, ...]:
+    """Relate our weights to the original repository's."""
+    assert isinstance(config.context, Refine)
+    duals = sum(isinstance(layer, Dual) for layer in config.layers)
+    return table(
+        linear("embed", "img_in.proj", weight=rearranged("d c t h w -> d (c t h w)", **config.patch._asdict())),
+        sequential_rows("time.mlp", "time_in.mlp"),
+        original_vector("vector", "vector_in", "in_layer", "out_layer"),
+        sequential_rows("numbers.0.mlp", "guidance_in.mlp") if config.numbers else (),
+        table(original_refiner(config.context.depth), ours="context.", theirs="txt_in."),
+        (table(_original_dual(), ours=f"blocks.{i}.", theirs=f"double_blocks.{i}.") for i in range(duals)),
+        (
+            table(_original_single(config), ours=f"blocks.{duals + i}.", theirs=f"single_blocks.{i}.")
+            for i in range(len(config.layers) - duals)
+        ),
+        linear("modulation.linear", "final_layer.adaLN_modulation.1"),
+        linear("out", "final_layer.linear", NEGATED),
+    )
+
+
+def original_refiner(depth: int) -> tuple[Row, ...]:
+    """Relate a `Refiner` to the original repository's."""
+    block = table(
+        linear("norm1", "norm1"),
+        linear("norm2", "norm2"),
+        linear("qkv", "self_attn_qkv"),
+        linear("out", "self_attn_proj"),
+        original_mlp("mlp", "mlp"),
+        linear("gates", "adaLN_modulation.1"),
+    )
+    return table(
+        sequential_rows("time.mlp", "t_embedder.mlp"),
+        original_vector("mean", "c_embedder", "linear_1", "linear_2"),
+        linear("embed", "input_embedder"),
+        (table(block, ours=f"blocks.{i}.", theirs=f"individual_token_refiner.blocks.{i}.") for i in range(depth)),
+    )
+
+
+def original_vector(ours: str, theirs: str, first: str, second: str) -> tuple[Row, ...]:
+    """Relate a `VectorEmbedding`."""
+    return table(linear(f"{ours}.up", f"{theirs}.{first}"), linear(f"{ours}.down", f"{theirs}.{second}"))
+
+
+def original_mlp(ours: str, theirs: str) -> tuple[Row, ...]:
+    """Relate an `Mlp`."""
+    return original_vector(ours, theirs, "fc1", "fc2")
+
+
+def _original_dual() -> tuple[Row, ...]:
+    return table(
+        table(
+            linear(f"{ours}.modulation.linear", f"{theirs}_mod.linear"),
+            linear(f"{ours}.project.qkv", f"{theirs}_attn_qkv"),
+            linear(f"{ours}.project.norm_q", f"{theirs}_attn_q_norm", bias=False),
+            linear(f"{ours}.project.norm_k", f"{theirs}_attn_k_norm", bias=False),
+            linear(f"{ours}.out", f"{theirs}_attn_proj"),
+            original_mlp(f"{ours}.mlp", f"{theirs}_mlp"),
+        )
+        for ours, theirs in (("video", "img"), ("context", "txt"))
+    )
+
+
+def _original_single(config: DiTConfig) -> tuple[Row, ...]:
+    layer = config.layers[-1]
+    assert isinstance(layer, Single)
+    heights = {"qkv": 3 * config.dim, "mlp": round(layer.mlp_ratio * config.dim)}
+    return table(
+        linear("modulation.linear", "modulation.linear"),
+        linear({"project.qkv": "qkv", "up": "mlp"}, {"linear1": "qkv mlp"}, heights=heights),
+        linear("project.norm_q", "q_norm", bias=False),
+        linear("project.norm_k", "k_norm", bias=False),
+        linear("out", "linear2"),
+    )
+
+
 HUNYUAN = Family(
     name="hunyuan",
     class_name="HunyuanVideoTransformer3DModel",
@@ -176,6 +289,15 @@ HUNYUAN = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=(
+            "double_blocks.0.img_attn_qkv.weight",
+            "txt_in.individual_token_refiner.blocks.0.self_attn_qkv.weight",
+        ),
+        read=read_original,
+        weights=original_weights,
+        file="mp_rank_00_model_states",
+    ),
     clip=(129, 720, 1280),
     stride=(4, 8, 8),
     context_tokens=256,
@@ -186,5 +308,15 @@ HUNYUAN = Family(
         "other token sees them.",
         "the readout is [shift, scale] in the original and here, [scale, shift] in diffusers.",
         "a prompt without any token divides by zero in diffusers; ours takes zero for its mean.",
+        "with a picture beside the latents, the pipeline of diffusers gives four frames fewer than it is asked for: it makes one "
+        "latent frame before those of the clip, and drops it. Ours does so too, and gives as many as it is asked for.",
+        "while it reads the negative prompt, the language model sees a black picture, and keeps every second token of it, also "
+        "where it keeps every fourth for the prompt: ours as in diffusers.",
+        "diffusers tells a network that makes a picture move a guidance of 1 where nothing is said, and so does ours; its authors "
+        "advise 6.",
+        "in diffusers true_cfg_scale does nothing without a negative prompt, and prompt_2 is not read; ours leads away from the "
+        "empty prompt, and has one prompt.",
+        "in diffusers the language model sees the picture as it was given, the autoencoder at the clip's size; ours takes pictures "
+        "of that size.",
     ),
 )

@@ -9,7 +9,10 @@ the step leads to: the one of `numbers`, as t.
 
 from typing import Any
 
+from reelflow.errors import CheckpointError
 from reelflow.families.family import Family, Size, arguments, dual_rows, readout_rows, refiner_rows, vector_rows
+from reelflow.families.hunyuan import original_mlp, original_refiner, seen_in
+from reelflow.families.originals import Original, Shapes, agreeing, sequential_rows
 from reelflow.interop.mapping import NEGATED, Row, linear, parameter, rearranged, table
 from reelflow.models.blocks import Dual
 from reelflow.models.context import Layers, Refine, Sources
@@ -166,6 +169,113 @@ def _sources(config: DiTConfig) -> tuple[Refine, Layers, Layers]:
     return text, glyphs, picture
 
 
+_ORIGINAL: dict[str, Any] = {
+    "concat_condition": True,
+    "glyph_byT5_v2": True,
+    "guidance_embed": False,
+    "is_reshape_temporal_channels": False,
+    "mlp_act_type": "gelu_tanh",
+    "mm_single_blocks_depth": 0,
+    "qk_norm": True,
+    "qk_norm_type": "rms",
+    "qkv_bias": True,
+    "text_pool_type": None,
+    "text_projection": "single_refiner",
+    "text_states_dim_2": None,
+    "use_attention_mask": True,
+    "use_cond_type_embedding": True,
+    "vision_projection": "linear",
+}
+_ROPE = {"rope_dim_list": [16, 56, 56], "rope_theta": 256}
+_RUNNING = dict.fromkeys(("attn_mode", "attn_param", "ideal_resolution", "ideal_task"))  # how it is run, and for what
+
+
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say.
+
+    Raises:
+        CheckpointError: the configuration is of another design.
+    """
+    seen = seen_in(shapes)
+    told = {
+        "heads_num": seen["num_attention_heads"],
+        "hidden_size": seen["num_attention_heads"] * seen["attention_head_dim"],
+        "in_channels": seen["out_channels"],
+        "out_channels": seen["out_channels"],
+        "mlp_width_ratio": seen["mlp_ratio"],
+        "mm_double_blocks_depth": seen["num_layers"],
+        "patch_size": [seen["patch_size_t"], seen["patch_size"], seen["patch_size"]],
+        "text_states_dim": seen["text_embed_dim"],
+        "use_meanflow": "time_r_in.mlp.0.weight" in shapes,
+        "vision_states_dim": shapes["vision_in.proj.0.weight"][0],
+    }
+    c = agreeing(found, _ROPE | _RUNNING, _ORIGINAL | told)
+    if c["attn_mode"] == "flex-block-attn":
+        raise CheckpointError("the network attends sparsely (attn_mode='flex-block-attn'), which is not here yet")
+    return seen | {
+        "text_embed_2_dim": shapes["byt5_in.layernorm.weight"][0],
+        "image_embed_dim": c["vision_states_dim"],
+        "rope_theta": float(c["rope_theta"]),
+        "rope_axes_dim": c["rope_dim_list"],
+        "use_meanflow": c["use_meanflow"],
+    }
+
+
+def write_original(config: DiTConfig) -> dict[str, Any]:
+    """Return the config.json of the original repository."""
+    c = write(config)
+    return _ORIGINAL | {
+        "heads_num": c["num_attention_heads"],
+        "hidden_size": config.dim,
+        "in_channels": c["out_channels"],
+        "out_channels": c["out_channels"],
+        "mlp_width_ratio": c["mlp_ratio"],
+        "mm_double_blocks_depth": c["num_layers"],
+        "patch_size": list(config.patch),
+        "rope_dim_list": c["rope_axes_dim"],
+        "rope_theta": c["rope_theta"],
+        "text_states_dim": c["text_embed_dim"],
+        "use_meanflow": c["use_meanflow"],
+        "vision_states_dim": c["image_embed_dim"],
+    }
+
+
+def original_weights(config: DiTConfig) -> tuple[Row, ...]:
+    """Relate our weights to the original repository's."""
+    text, _, _ = _sources(config)
+    return table(
+        linear("embed", "img_in.proj", weight=rearranged("d c t h w -> d (c t h w)", **config.patch._asdict())),
+        sequential_rows("time.mlp", "time_in.mlp"),
+        sequential_rows("numbers.0.mlp", "time_r_in.mlp") if config.numbers else (),
+        table(original_refiner(text.depth), ours="context.sources.0.", theirs="txt_in."),
+        linear("context.sources.1.norm_in", "byt5_in.layernorm"),
+        (linear(f"context.sources.1.maps.{i}", f"byt5_in.fc{i + 1}") for i in range(3)),
+        (
+            linear(f"context.sources.2.{ours}", f"vision_in.proj.{i}")
+            for ours, i in (("norm_in", 0), ("maps.0", 1), ("maps.1", 3), ("norm_out", 4))
+        ),
+        parameter("context.kinds", "cond_type_embedding.weight"),
+        (
+            table(_original_stream(ours, theirs), ours=f"blocks.{i}.", theirs=f"double_blocks.{i}.")
+            for i in range(len(config.layers))
+            for ours, theirs in (("video", "img"), ("context", "txt"))
+        ),
+        linear("modulation.linear", "final_layer.adaLN_modulation.1"),
+        linear("out", "final_layer.linear", NEGATED),
+    )
+
+
+def _original_stream(ours: str, theirs: str) -> tuple[Row, ...]:
+    return table(
+        linear(f"{ours}.modulation.linear", f"{theirs}_mod.linear"),
+        linear(f"{ours}.project.qkv", [f"{theirs}_attn_{name}" for name in "qkv"]),
+        linear(f"{ours}.project.norm_q", f"{theirs}_attn_q_norm", bias=False),
+        linear(f"{ours}.project.norm_k", f"{theirs}_attn_k_norm", bias=False),
+        linear(f"{ours}.out", f"{theirs}_attn_proj"),
+        original_mlp(f"{ours}.mlp", f"{theirs}_mlp"),
+    )
+
+
 _REPOSITORY = "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-"
 
 HUNYUAN15 = Family(
@@ -182,6 +292,15 @@ HUNYUAN15 = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=("double_blocks.0.img_attn_q.weight", "byt5_in.layernorm.weight", "cond_type_embedding.weight"),
+        read=read_original,
+        weights=original_weights,
+        file="diffusion_pytorch_model",
+        write=write_original,
+        class_name="HunyuanVideo_1_5_DiffusionTransformer",
+        beside=True,
+    ),
     clip=(121, 480, 848),
     stride=(4, 16, 16),
     context_tokens=(1000, 256, 729),
@@ -190,5 +309,10 @@ HUNYUAN15 = Family(
         "have no positions, so the clip's tokens see the same.",
         "diffusers decides for the whole batch whether there is a picture, by its being all zeros; ours goes by the mask.",
         "`target_size` and `task_type` change no network; they are read and not written.",
+        "diffusers chooses the size of a clip by its picture, and cuts the picture to it; ours makes the size that is asked for, "
+        "and takes pictures of that size.",
+        "diffusers takes 50 steps where nothing is said, also of the network that was distilled to few, and so does ours; its "
+        "authors advise 8 or 12.",
+        "a guider that works in a part of the steps only (`start`, `stop`), or is of another class, is refused.",
     ),
 )

@@ -180,5 +180,11 @@ LATTE = Family(
     clip=(16, 512, 512),
     stride=(1, 8, 8),
     context_tokens=120,
-    notes=("diffusers repeats the text for each frame; here the clip's tokens read it once, which is the same.",),
+    notes=(
+        "diffusers repeats the text for each frame; here the clip's tokens read it once, which is the same.",
+        "diffusers' pipeline cuts the text where the prompt ends if there is one prompt, and shows zeros beyond it if there "
+        "are several, so that a clip depends on whether it is made alone. So do ours.",
+        "beyond the negative prompt it shows what T5 makes of padding, cut where the prompt ends, not the negative one; so "
+        "does ours.",
+    ),
 )

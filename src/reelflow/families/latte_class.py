@@ -5,12 +5,15 @@ patches; times once, before the first block that looks along time. A clip of any
 is the only one that the original takes; it stores both tables of sinusoids. Half of the output is the variance.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reelflow.errors import CheckpointError
 from reelflow.families.family import Family, Size, arguments, places, side_of_places
+from reelflow.families.originals import Original, Shapes, count_blocks
 from reelflow.interop.mapping import Row, derived, linear, parameter, rearranged, table
 from reelflow.models.blocks import Attend, Branches, FeedForward
 from reelflow.models.dit import DiTConfig
@@ -150,6 +153,30 @@ def _positions(config: DiTConfig, index: int, grid: tuple[int, int, int]) -> Ten
     return positions.vectors(grid, config.dim, torch.device("cpu"))[None].float()
 
 
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the original class.
+
+    Raises:
+        CheckpointError: the width is none of the original's, so that the heads are not known.
+    """
+    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    heads = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L and XL
+    if width not in heads:
+        raise CheckpointError(f"shapes do not tell the heads at width {width}; published widths: {list(heads)}")
+    classes, *_ = shapes.get("y_embedder.embedding_table.weight", (0,))
+    return {
+        "input_size": math.isqrt(shapes["pos_embed"][1]) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": count_blocks(shapes, "blocks."),
+        "num_heads": heads[width],
+        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        "num_frames": shapes["temp_embed"][1],
+        "learn_sigma": shapes["final_layer.linear.weight"][0] > channels * patch**2,
+    } | ({"num_classes": classes - 1, "extras": _CLASSES} if classes else {})
+
+
 def _frames(config: DiTConfig) -> int:
     _, times = config.absolute
     assert isinstance(times, SinCos)
@@ -169,6 +196,13 @@ LATTE_CLASS = Family(
     read=read,
     write=write,
     weights=weights,
+    native=True,
+    original=Original(  # which has no config.json: that one is ours
+        telling=("pos_embed", "temp_embed", "blocks.0.adaLN_modulation.1.weight"),
+        read=read_original,
+        weights=weights,
+        file="latte",
+    ),
     clip=(16, 256, 256),
     stride=(1, 8, 8),
     notes=(

@@ -13,7 +13,8 @@ which they pass over (without the underscore it is the name in the original repo
 from typing import Any
 
 from reelflow.errors import CheckpointError
-from reelflow.families.family import Family, Size, arguments, attend_rows, cross_rows, vector_rows
+from reelflow.families.family import FORMER, Family, Size, arguments, attend_rows, cross_rows, vector_rows
+from reelflow.families.originals import Original, Shapes, agreeing, count_blocks, relabelled
 from reelflow.interop.mapping import NEGATED, Row, linear, parameter, table
 from reelflow.models.blocks import Attend, Branches, Cross, FeedForward
 from reelflow.models.context import Layers
@@ -157,6 +158,78 @@ def _block() -> tuple[Row, ...]:
     )
 
 
+_ORIGINAL: dict[str, Any] = FORMER | {
+    "activation_fn": "gelu-approximate",
+    "adaptive_norm": "single_scale_shift",
+    "attention_bias": True,
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "num_embeds_ada_norm": 1000,
+    "positional_embedding_max_pos": [20, 2048, 2048],
+    "positional_embedding_theta": 10000.0,
+    "positional_embedding_type": "rope",
+    "qk_norm": "rms_norm",
+    "standardization_norm": "rms_norm",
+    "timestep_scale_multiplier": 1000,
+}
+_ELSEWHERE = {  # which says nothing of the network, but the last
+    "project_to_2d_pos": True,
+    "cross_attention_norm": True,
+    "use_tpu_flash_attention": False,
+    "use_chipmunk_attention": False,
+    "norm_eps": 1e-6,
+}
+_CAUSAL_ORIGINAL = _CAUSAL.removeprefix("_")
+
+
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say, and ours besides.
+
+    Raises:
+        CheckpointError: the configuration is of another design, or there is none, and shapes do not tell how long the
+            first token lasts.
+    """
+    if not found:
+        raise CheckpointError(
+            "the file has no configuration in its metadata, and shapes do not tell how long the first token lasts"
+        )
+    dim, channels = shapes["patchify_proj.weight"]
+    heads = found["num_attention_heads"]
+    seen = {
+        "in_channels": channels,
+        "out_channels": shapes["proj_out.weight"][0],
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "cross_attention_dim": shapes["transformer_blocks.0.attn2.to_k.weight"][1],
+        "num_layers": count_blocks(shapes, "transformer_blocks."),
+        "caption_channels": shapes["caption_projection.linear_1.weight"][1],
+    }
+    c = agreeing(found, _ORIGINAL | _ELSEWHERE | {_CAUSAL_ORIGINAL: False}, seen)
+    for name, value in _ORIGINAL.items():
+        if c[name] != value:
+            raise CheckpointError(f"the configuration has {name}={c[name]!r}; published weights have {value!r}")
+    return seen | {"norm_eps": c["norm_eps"], _CAUSAL: c[_CAUSAL_ORIGINAL]}
+
+
+def write_original(config: DiTConfig) -> dict[str, Any]:
+    """Return the configuration that the original repository keeps in the file's metadata."""
+    found = write(config)
+    kept = {name: value for name, value in found.items() if name not in _FIXED and not name.startswith("_")}
+    return _ORIGINAL | kept | {_CAUSAL_ORIGINAL: found.get(_CAUSAL, False)}
+
+
+_NAMES = {
+    "proj_in": "patchify_proj",
+    "time_embed.emb.timestep_embedder.linear_1": "adaln_single.emb.timestep_embedder.linear_1",
+    "time_embed.emb.timestep_embedder.linear_2": "adaln_single.emb.timestep_embedder.linear_2",
+    "time_embed.linear": "adaln_single.linear",
+} | {
+    f"transformer_blocks.*.{attend}.norm_{x}": f"transformer_blocks.*.{attend}.{x}_norm"
+    for attend in ("attn1", "attn2")
+    for x in "qk"
+}
+
+
 LTX = Family(
     name="ltx",
     class_name="LTXVideoTransformer3DModel",
@@ -171,6 +244,15 @@ LTX = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=("patchify_proj.weight", "adaln_single.linear.weight", "transformer_blocks.0.attn1.q_norm.weight"),
+        read=read_original,
+        weights=lambda config: relabelled(weights(config), _NAMES),
+        file="ltx-video",
+        write=write_original,
+        class_name="Transformer3DModel",
+        prefix="model.diffusion_model.",
+    ),
     clip=(161, 512, 704),
     stride=(8, 32, 32),
     context_tokens=128,
@@ -178,6 +260,11 @@ LTX = Family(
         "where time begins depends on the version: since 0.9.5 the first token stands for one frame (causal positions). The "
         "original has a value for it in its configuration, diffusers decides by the pipeline's class and stores nothing; ours "
         "is a value, written as `_causal_temporal_positioning`, which diffusers keeps and ignores.",
+        "LTXConditionPipeline (0.9.5 and later): text of 256 tokens, which attend only to each other, where those before read "
+        "128 and padding too; a first frame gets fresh noise at each step, 0.15 sigma^2, though it is told to be clean, and "
+        "keeps the last. Where the scheduler has a shift or shift_terminal, steps land on shifted sigmas and the network "
+        "is told the others. So do ours. A first frame is all that ours can be given; decoding is at t = 1, its default.",
+        "LTXImageToVideoPipeline forgets the picture if latents are given; ours does not.",
         "diffusers hides text by adding -10000 to scores, so that a text of padding alone is read evenly; ours reads nothing "
         "then.",
     ),

@@ -11,6 +11,7 @@ from typing import Any
 
 from reelflow.errors import ConfigError
 from reelflow.families.family import Family, Size, arguments, readout_rows, vector_rows
+from reelflow.families.originals import Original, Shapes, count_blocks, sequential_rows
 from reelflow.interop.mapping import Row, linear, parameter, rearranged, table
 from reelflow.models.blocks import Dual
 from reelflow.models.context import Layers
@@ -186,6 +187,72 @@ def _read() -> tuple[Row, ...]:
     )
 
 
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say."""
+    _, heads, pairs = shapes["pos_frequencies"]
+    context, text = shapes["t5_yproj.weight"]
+    _, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    out_channels = shapes["final_layer.linear.weight"][0] // patch**2
+    return {
+        "patch_size": patch,
+        "num_attention_heads": heads,
+        "attention_head_dim": 2 * pairs,
+        "num_layers": count_blocks(shapes, "blocks."),
+        "pooled_projection_dim": context,
+        "in_channels": channels,
+        "out_channels": None if out_channels == channels else out_channels,
+        "text_embed_dim": text,
+        "time_embed_dim": shapes["t_embedder.mlp.0.weight"][1],
+    }
+
+
+def original_weights(config: DiTConfig) -> tuple[Row, ...]:
+    """Relate our weights to the original repository's."""
+    h, w = config.patch.h, config.patch.w
+    last = len(config.layers) - 1
+    return table(
+        linear("embed", "x_embedder.proj", weight=rearranged("d c h w -> d (c h w)", h=h, w=w)),
+        parameter("frequencies", "pos_frequencies"),
+        sequential_rows("time.mlp", "t_embedder.mlp"),
+        linear("pool.query", "t5_y_embedder.to_q"),
+        linear("pool.kv", "t5_y_embedder.to_kv"),
+        linear("pool.out", "t5_y_embedder.to_out"),
+        linear("context.maps.0", "t5_yproj"),
+        (
+            table(
+                _original_stream("video", "x"),
+                _original_read() if i == last else _original_stream("context", "y"),
+                ours=f"blocks.{i}.",
+                theirs=f"blocks.{i}.",
+            )
+            for i in range(last + 1)
+        ),
+        linear("modulation.linear", "final_layer.mod"),
+        linear("out", "final_layer.linear", rearranged("(h w c) ... -> (c h w) ...", h=h, w=w)),
+    )
+
+
+def _original_stream(ours: str, theirs: str) -> tuple[Row, ...]:
+    return table(
+        linear(f"{ours}.modulation.linear", f"mod_{theirs}"),
+        linear(f"{ours}.project.qkv", f"attn.qkv_{theirs}", bias=False),
+        linear(f"{ours}.project.norm_q", f"attn.q_norm_{theirs}", bias=False),
+        linear(f"{ours}.project.norm_k", f"attn.k_norm_{theirs}", bias=False),
+        linear(f"{ours}.out", f"attn.proj_{theirs}"),
+        linear(f"{ours}.mlp.up", f"mlp_{theirs}.w1", bias=False),
+        linear(f"{ours}.mlp.down", f"mlp_{theirs}.w2", bias=False),
+    )
+
+
+def _original_read() -> tuple[Row, ...]:
+    return table(
+        linear("context.modulation.linear", "mod_y"),
+        linear({"context.idle.query": "q", "context.project.kv": "k v"}, {"attn.qkv_y": "q k v"}, bias=False),
+        linear("context.idle.norm_q", "attn.q_norm_y", bias=False),
+        linear("context.project.norm_k", "attn.k_norm_y", bias=False),
+    )
+
+
 MOCHI = Family(
     name="mochi",
     class_name="MochiTransformer3DModel",
@@ -194,6 +261,12 @@ MOCHI = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=("pos_frequencies", "t5_yproj.weight", "blocks.0.attn.qkv_x.weight"),
+        read=read_original,
+        weights=original_weights,
+        file="dit",
+    ),
     clip=(163, 480, 848),
     stride=(6, 8, 8),
     context_tokens=256,
@@ -203,5 +276,8 @@ MOCHI = Family(
         "the original stores an MLP as [gate, value] and the readout as [shift, scale], diffusers the other way round; ours "
         "are the original's.",
         "the original drops padded text, diffusers hides it; what the video's tokens see is the same.",
+        "with force_zeros_for_empty_prompt diffusers' pipeline empties a whole batch if its last prompt is empty; ours "
+        "empties prompts one by one.",
+        "guidance is 4.5 and a clip has 19 frames unless said, as in diffusers' pipeline; the original has 6.0 and 163.",
     ),
 )

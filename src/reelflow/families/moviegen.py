@@ -130,6 +130,7 @@ MOVIEGEN = Family(
     read=read,
     write=write,
     weights=weights,
+    native=True,
     clip=(249, 768, 768),  # as many latents as the paper's 256 frames, of which none is alone
     stride=(8, 8, 8),
     context_tokens=(512, 100, 256),

@@ -203,6 +203,7 @@ OPENSORA = Family(
     read=read,
     write=write,
     weights=weights,
+    native=True,
     clip=(17, 720, 1280),
     stride=(4, 8, 8),
     context_tokens=300,

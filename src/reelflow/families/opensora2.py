@@ -209,6 +209,7 @@ OPENSORA2 = Family(
     read=read,
     write=write,
     weights=weights,
+    native=True,
     clip=(129, 576, 1024),
     stride=(4, 8, 8),
     context_tokens=512,

@@ -218,6 +218,7 @@ OPENSORA_PLAN = Family(
     read=read,
     write=write,
     weights=weights,
+    native=True,
     clip=(93, 640, 640),
     stride=(4, 8, 8),
     context_tokens=512,

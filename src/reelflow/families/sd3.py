@@ -8,6 +8,7 @@ Positions are a stored table, of which a picture takes the middle. It is kept as
 ones are said to hold sinusoids of other coordinates than the reference begins with (in sd-scripts, for one).
 """
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -22,6 +23,7 @@ from reelflow.families.family import (
     readout_rows,
     vector_rows,
 )
+from reelflow.families.originals import Original, Shapes, count_blocks, sequential_rows
 from reelflow.interop.mapping import NEGATED, Row, linear, parameter, rearranged, table
 from reelflow.models.blocks import Dual
 from reelflow.models.context import Layers
@@ -177,6 +179,82 @@ def _layers(config: DiTConfig) -> list[Dual]:
     return [layer for layer in config.layers if isinstance(layer, Dual)]
 
 
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say; heads have 64 channels, as the original always has them."""
+    dim, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    depth = count_blocks(shapes, "joint_blocks.")
+    return {
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
+        "num_layers": depth,
+        "attention_head_dim": 64,
+        "num_attention_heads": dim // 64,
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "caption_projection_dim": dim,
+        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+        "pos_embed_max_size": math.isqrt(shapes["pos_embed"][1]),
+        "dual_attention_layers": [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes],
+        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
+    }
+
+
+def original_weights(config: DiTConfig) -> tuple[Row, ...]:
+    """Relate our weights to the original repository's."""
+    h, w = config.patch.h, config.patch.w
+    return table(
+        linear("embed", "x_embedder.proj", weight=rearranged("d c h w -> d (c h w)", h=h, w=w)),
+        parameter("tables.0.tables.0", "pos_embed", rearranged("1 n d -> n d")),
+        sequential_rows("time.mlp", "t_embedder.mlp"),
+        sequential_rows("vector", "y_embedder.mlp"),
+        linear("context.maps.0", "context_embedder"),
+        (
+            table(_original_block(layer), ours=f"blocks.{i}.", theirs=f"joint_blocks.{i}.")
+            for i, layer in enumerate(_layers(config))
+        ),
+        linear("modulation.linear", "final_layer.adaLN_modulation.1"),
+        linear("out", "final_layer.linear", rearranged("(h w c) ... -> (c h w) ...", h=h, w=w), NEGATED),
+    )
+
+
+def _original_block(layer: Dual) -> tuple[Row, ...]:
+    norms = layer.qk_norm is not None
+    reads = linear({"context.idle.query": "q", "context.project.kv": "k v"}, {"attn.qkv": "q k v"})
+    return table(
+        linear("video.modulation.linear", "x_block.adaLN_modulation.1"),
+        _original_attend("video", "x_block.attn", norms=norms),
+        _original_mlp("video", "x_block"),
+        _original_attend("again", "x_block.attn2", norms=norms) if layer.again else (),
+        linear("context.modulation.linear", "context_block.adaLN_modulation.1"),
+        (
+            _original_attend("context", "context_block.attn", norms=norms),
+            _original_mlp("context", "context_block"),
+        )
+        if layer.context_out
+        else (
+            table(reads, theirs="context_block."),
+            linear("context.idle.norm_q", "context_block.attn.ln_q", bias=False) if norms else (),
+            linear("context.project.norm_k", "context_block.attn.ln_k", bias=False) if norms else (),
+        ),
+    )
+
+
+def _original_attend(ours: str, theirs: str, *, norms: bool) -> tuple[Row, ...]:
+    return table(
+        linear(f"{ours}.project.qkv", f"{theirs}.qkv"),
+        linear(f"{ours}.project.norm_q", f"{theirs}.ln_q", bias=False) if norms else (),
+        linear(f"{ours}.project.norm_k", f"{theirs}.ln_k", bias=False) if norms else (),
+        linear(f"{ours}.out", f"{theirs}.proj"),
+    )
+
+
+def _original_mlp(ours: str, theirs: str) -> tuple[Row, ...]:
+    return table(
+        linear(f"{ours}.mlp.up", f"{theirs}.mlp.fc1"),
+        linear(f"{ours}.mlp.down", f"{theirs}.mlp.fc2"),
+    )
+
+
 SD3 = Family(
     name="sd3",
     class_name="SD3Transformer2DModel",
@@ -199,8 +277,19 @@ SD3 = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=("pos_embed", "joint_blocks.0.x_block.attn.qkv.weight"),
+        read=read_original,
+        weights=original_weights,
+        file="sd3",
+        prefix="model.diffusion_model.",
+    ),
     clip=(1, 1024, 1024),
     stride=(1, 8, 8),
     context_tokens=333,
-    notes=("the stored table of positions is kept as it is and never trained, whatever it holds.",),
+    notes=(
+        "the stored table of positions is kept as it is and never trained, whatever it holds.",
+        "diffusers' pipeline without the third encoder shows the network 256 tokens of zeros, which it attends to; so does "
+        "ours.",
+    ),
 )

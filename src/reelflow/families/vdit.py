@@ -21,7 +21,7 @@ from reelflow.errors import ConfigError
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Layer
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig
-from reelflow.models.vae import Stage, VAEConfig
+from reelflow.models.vae import Stage, VAEConfig, staged
 from reelflow.nn.patchify import Patch, token_grid
 from reelflow.nn.patterns import Gated, Space, Time
 
@@ -146,7 +146,7 @@ def founding_models() -> dict[str, FoundingModel]:
 
 def autoencoder(latent_channels: int) -> VAEConfig:
     """Divide time by 4 (two halvings) and space by 8 (three); the widths are our choice."""
-    return VAEConfig(
+    return staged(
         latent_channels=latent_channels,
         encoder=(
             Stage(128, 2, space=2),

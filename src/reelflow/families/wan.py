@@ -6,10 +6,12 @@ picture-to-video models also attend to a picture's features, apart from the text
 latents beside the noisy ones, or, the smallest of 2.2, in place of the first frame, whose time is then 1.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from reelflow.families.family import Family, Size, arguments, attend_rows, cross_rows, vector_rows
+from reelflow.families.originals import Original, Shapes, agreeing, count_blocks, relabelled
 from reelflow.interop.mapping import NEGATED, Row, linear, parameter, rearranged, table
 from reelflow.models.blocks import Attend, Branches, Cross, FeedForward
 from reelflow.models.context import Layers
@@ -189,6 +191,97 @@ def _branches(config: DiTConfig) -> tuple[Cross, FeedForward]:
     return cross, feed
 
 
+_ORIGINAL: dict[str, Any] = {  # what no shape tells; what is None is not kept with the weights
+    "model_type": "t2v",
+    "text_len": 512,
+    "eps": 1e-6,
+    "num_heads": None,
+    "window_size": None,
+    "qk_norm": None,
+}
+
+
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what diffusers' config.json would say; without a configuration, heads have 128 channels."""
+    dim, in_dim, *patch = shapes["patch_embedding.weight"]
+    seen = {
+        "dim": dim,
+        "in_dim": in_dim,
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "out_dim": shapes["head.head.weight"][0] // math.prod(patch),
+        "num_layers": count_blocks(shapes, "blocks."),
+    }
+    c = agreeing(found, _ORIGINAL, seen)
+    heads, picture = c["num_heads"] or dim // 128, shapes.get("img_emb.proj.0.weight", (None,))[0]
+    return {
+        "patch_size": patch,
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_dim,
+        "out_channels": c["out_dim"],
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": c["freq_dim"],
+        "ffn_dim": c["ffn_dim"],
+        "num_layers": c["num_layers"],
+        "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        "eps": c["eps"],
+        "image_dim": picture,
+        "added_kv_proj_dim": dim if picture else None,
+        "pos_embed_seq_len": shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else None,
+    }
+
+
+def write_original(config: DiTConfig) -> dict[str, Any]:
+    """Return the config.json of the original repository; the rest is in the shapes."""
+    _, feed = _branches(config)
+    given = (
+        ("flf2v" if config.image.positions else "i2v") if config.image else "i2v" if config.extra_channels else "t2v"
+    )
+    return {
+        "model_type": "ti2v" if config.in_channels == 48 else given,
+        "text_len": 512,
+        "dim": config.dim,
+        "in_dim": config.in_channels + config.extra_channels,
+        "out_dim": config.in_channels,
+        "ffn_dim": round(feed.ratio * config.dim),
+        "freq_dim": config.time.channels,
+        "num_heads": config.num_heads,
+        "num_layers": len(config.layers),
+        "eps": config.out_norm.eps,
+    }
+
+
+_NAMES = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "scale_shift_table": "head.modulation",
+    "proj_out": "head.head",
+    "blocks.*.scale_shift_table": "blocks.*.modulation",
+    "blocks.*.norm2": "blocks.*.norm3",
+    "blocks.*.ffn.net.0.proj": "blocks.*.ffn.0",
+    "blocks.*.ffn.net.2": "blocks.*.ffn.2",
+    "blocks.*.attn2.add_k_proj": "blocks.*.cross_attn.k_img",
+    "blocks.*.attn2.add_v_proj": "blocks.*.cross_attn.v_img",
+    "blocks.*.attn2.norm_added_k": "blocks.*.cross_attn.norm_k_img",
+} | {
+    f"blocks.*.{theirs}.{part}": f"blocks.*.{original}.{short}"
+    for theirs, original in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+    for part, short in (
+        *(("to_q", "q"), ("to_k", "k"), ("to_v", "v")),
+        *(("to_out.0", "o"), ("norm_q", "norm_q"), ("norm_k", "norm_k")),
+    )
+}
+
+
 def _large(*, extra_channels: int = 0, picture: int = 0) -> DiTConfig:
     return transformer(heads=40, depth=40, mlp=13824, extra_channels=extra_channels, picture=picture)
 
@@ -216,6 +309,15 @@ WAN = Family(
     read=read,
     write=write,
     weights=weights,
+    original=Original(
+        telling=("head.modulation", "time_projection.1.weight", "blocks.0.self_attn.q.weight"),
+        read=read_original,
+        weights=lambda config: relabelled(weights(config), _NAMES),
+        file="diffusion_pytorch_model",
+        write=write_original,
+        class_name="WanModel",
+        beside=True,
+    ),
     clip=(81, 480, 832),
     stride=(4, 8, 8),
     context_tokens=512,

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.conditioning.labels import ClassWords
+from reelflow.conditioning.sentences import Sentences
 from reelflow.conditioning.text import HashedWords, words_of
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.data.folder import ClipSpec
 from reelflow.diffusion.process import Parameterization, Predict, as_read, combine, levels
 from reelflow.diffusion.rollout import rollout_given
-from reelflow.diffusion.samplers import Times
+from reelflow.diffusion.samplers import OnStep, Times
 from reelflow.errors import CheckpointError, ConfigError
 from reelflow.generation.sampling import Sampling, guided_by, sampler_of
 from reelflow.models.condition import Condition
@@ -37,7 +38,17 @@ from reelflow.models.vae import CausalVAE, VAEConfig
 from reelflow.models.weights import load_weights
 from reelflow.nn.patchify import token_grid
 
-__all__ = ["ModelCard", "Output", "Pipeline", "Progress", "fingerprint", "model_folder", "read_card", "to_frames"]
+__all__ = [
+    "ModelCard",
+    "Output",
+    "Pipeline",
+    "Progress",
+    "Stopped",
+    "fingerprint",
+    "model_folder",
+    "read_card",
+    "to_frames",
+]
 
 Output = Literal["clip", "latents"]
 
@@ -52,10 +63,10 @@ class ModelCard:
 
     vae: VAEConfig
     dit: DiTConfig
-    text: HashedWords | ClassWords
+    text: HashedWords | ClassWords | Sentences
     clip: ClipSpec  # what it was trained on
     sampling: Sampling
-    words: tuple[str, ...] = ()  # of its captions; it knows no others
+    words: tuple[str, ...] = ()  # of its captions; without Sentences, it knows no others
     parameterization: Parameterization = Parameterization()  # what the transformer was taught to answer
 
     def __post_init__(self) -> None:
@@ -104,7 +115,9 @@ class ModelCard:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt that the model has never read, and therefore cannot follow."""
-        return [word for word in words_of(prompt) if self.words and word not in self.words]
+        if not self.words or isinstance(self.text, Sentences):  # which brings words near to those that were read
+            return []
+        return [word for word in words_of(prompt) if word not in self.words]
 
 
 @dataclass
@@ -116,8 +129,21 @@ class Progress:
     preview_every: int = 4  # steps; a preview costs one decoding
     should_stop: Callable[[], bool] | None = None
 
+    def after(self, decode: Callable[[Tensor], Tensor], *, before: int, total: int) -> OnStep:
+        """Return what a sampler calls at each step, after `before` of `total` steps; it raises `Stopped` when told to."""
 
-class _Stopped(Exception):
+        def on_step(index: int, estimate: Tensor) -> None:
+            if self.on_step is not None:
+                self.on_step(before + index + 1, total)
+            if self.on_preview is not None and (index + 1) % self.preview_every == 0:
+                self.on_preview(decode(estimate).float().clamp(-1, 1))
+            if self.should_stop is not None and self.should_stop():
+                raise Stopped(estimate)
+
+        return on_step
+
+
+class Stopped(Exception):
     """Carries the data estimated so far out of a sampler."""
 
     def __init__(self, estimate: Tensor) -> None:
@@ -184,7 +210,7 @@ class Pipeline:
         sampling: Sampling | None = None,
         output: Output = "clip",
         progress: Progress | None = None,
-    ) -> Float[Tensor, "B channels T H W"]:
+    ) -> Float[Tensor, "B channels frames rows columns"]:
         """Make one clip per prompt, in [-1, 1], or its latents; clip i draws its noise from seed + i, or begins with `noise`.
 
         Raises:
@@ -214,7 +240,7 @@ class Pipeline:
         output: Output = "clip",
         progress: Progress | None = None,
         overlap: int = 2,
-    ) -> Iterator[Float[Tensor, "B channels T H W"]]:
+    ) -> Iterator[Float[Tensor, "B channels frames rows columns"]]:
         """Make clips of any length, frames handed out as soon as they exist, at memory that does not grow.
 
         `overlap` latent frames of each chunk are given to the next; as latents, each is handed out once. When
@@ -292,19 +318,12 @@ class Pipeline:
                 x = torch.cat([given, x[:, :, given.shape[2] :]], dim=2)
                 times = rollout_given(times, noise.shape[2], num_given=given.shape[2])
             chunk, num_chunks = place
-
-            def on_step(index: int, estimate: Tensor) -> None:
-                if progress.on_step is not None:
-                    progress.on_step(chunk * sampling.steps_walked + index + 1, num_chunks * sampling.steps_walked)
-                if progress.on_preview is not None and (index + 1) % progress.preview_every == 0:
-                    progress.on_preview(self.vae.decode(estimate).float().clamp(-1, 1))
-                if progress.should_stop is not None and progress.should_stop():
-                    raise _Stopped(estimate)
-
+            steps = sampling.steps_walked
+            on_step = progress.after(self.vae.decode, before=chunk * steps, total=num_chunks * steps)
             stopped = False
             try:
                 x = walk(predict, x, times, parameterization=space, on_step=on_step)
-            except _Stopped as early:
+            except Stopped as early:
                 x, stopped = early.estimate, True
             return x, stopped
 
@@ -361,12 +380,18 @@ def fingerprint(folder: Path) -> str:
     Raises:
         CheckpointError: a file is missing.
     """
-    folder, digest = model_folder(folder), hashlib.sha256()
-    for name in ("model.json", "vae.safetensors", "dit.safetensors"):
+    if (folder / "model_index.json").is_file():
+        files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt", ".model"))
+    else:
+        files = [model_folder(folder) / name for name in ("model.json", "vae.safetensors", "dit.safetensors")]
+    digest = hashlib.sha256()
+    for path in files:
         try:
-            digest.update((folder / name).read_bytes())
+            with path.open("rb") as file:
+                while part := file.read(1 << 24):
+                    digest.update(part)
         except OSError as error:
-            raise CheckpointError(f"cannot read {folder / name}: {error.strerror}") from error
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -18,9 +18,12 @@ import torch
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.errors import CheckpointError, ConfigError, MediaError
 from reelflow.generation.pipeline import fingerprint
+from reelflow.generation.published import PublishedSampling
 from reelflow.generation.sampling import Sampling
 
-__all__ = ["Provenance", "file_sha256", "versions_here"]
+__all__ = ["Asking", "Provenance", "file_sha256", "versions_here"]
+
+Asking = Sampling | PublishedSampling
 
 
 @configuration
@@ -30,7 +33,7 @@ class Provenance:
     prompt: str
     seed: int
     num_frames: int  # asked for
-    sampling: Sampling
+    sampling: Asking
     model: str
     model_sha256: str
     image: str | None  # the first frame
@@ -49,7 +52,7 @@ class Provenance:
 
     @classmethod
     def of(
-        cls, prompt: str, *, seed: int, num_frames: int, sampling: Sampling, model: Path, image: Path | None
+        cls, prompt: str, *, seed: int, num_frames: int, sampling: Asking, model: Path, image: Path | None
     ) -> "Provenance":
         """Describe a request before it is carried out.
 

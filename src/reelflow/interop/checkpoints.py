@@ -1,4 +1,4 @@
-"""Folders of published weights into models, and models into such folders.
+"""Folders of published weights into models, models into such folders, and one layout into another.
 
     transformer/
         config.json                                          as its system's own code writes it
@@ -7,7 +7,8 @@
         diffusion_pytorch_model.safetensors.index.json       which tensor lies in which shard
 
 Names and shapes are compared before any tensor is read. Memory for all of ours is laid out first, and filled a row of the
-table at a time, so that the peak is the weights and the largest row. Nothing is ever unpickled.
+table at a time, so that the peak is the weights and the largest row. `AsOurs` keeps none of them: from it a folder is
+written at the peak of one shard. Nothing is ever unpickled.
 """
 
 import json
@@ -15,7 +16,9 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,27 @@ from reelflow.errors import CheckpointError, ConfigError
 from reelflow.interop.mapping import Entry, Fixed, Row, differences
 from reelflow.models.weights import count_names
 
-__all__ = ["Stored", "gradients_as_theirs", "read_into", "state_as_theirs", "write_folder"]
+__all__ = [
+    "PICKLES",
+    "AsOurs",
+    "Progress",
+    "Stored",
+    "check_empty",
+    "check_fits",
+    "gradients_as_theirs",
+    "read_into",
+    "state_as_theirs",
+    "write_folder",
+]
 
 NAME = "diffusion_pytorch_model"
 SHARD = re.compile(r".*-\d+-of-\d+\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+UNPICKLE = (
+    "import torch; from safetensors.torch import save_file; "
+    "x = torch.load({source!r}, map_location='cpu', weights_only=True); "
+    "save_file({{name: value.clone() for name, value in x.get('module', x.get('ema', x)).items()}}, {target!r})"
+)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,24 +68,30 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
+Progress = Callable[[int, int], None]
+"""Told the bytes done and the bytes in all."""
+
 
 class Stored(Mapping[str, Tensor]):
     """The tensors of a checkpoint, each read anew whenever it is asked for; `meta` has them all on the meta device.
 
-    `source` is a folder, a safetensors file or an index. With a prefix, only names that begin with it belong to the
-    checkpoint, and lose it.
+    `source` is a folder, a safetensors file or an index; of several files in a folder, one of `names` is preferred. With a
+    prefix, only names of tensors that begin with it belong to the checkpoint, and lose it. `metadata` is that of the files.
 
     Raises:
         CheckpointError: there are no weights, several to choose from, pickled ones only, or they are damaged.
     """
 
-    def __init__(self, source: Path, *, prefix: str = "") -> None:
-        self._prefix = prefix
-        self._files = {
-            name.removeprefix(prefix): (path, file)
-            for name, (path, file) in _open(_locate(Path(source))).items()
-            if name.startswith(prefix)
-        }
+    def __init__(self, source: Path, *, prefix: str = "", names: Sequence[str] = (NAME,)) -> None:
+        self.source = Path(source)
+        self._hold(_open(_locate(self.source, names)), prefix)
+        self.metadata: dict[str, str] = {}
+        for file in {id(file): file for _, file in self._files.values()}.values():
+            self.metadata |= file.metadata() or {}
+
+    def _hold(self, files: Mapping[str, tuple[Path, Any]], prefix: str) -> None:
+        self.prefix, self._all = prefix, files
+        self._files = {name.removeprefix(prefix): held for name, held in files.items() if name.startswith(prefix)}
         self.meta: dict[str, Tensor] = {}
         for name, (path, file) in self._files.items():
             header = file.get_slice(prefix + name)
@@ -74,10 +99,21 @@ class Stored(Mapping[str, Tensor]):
                 raise CheckpointError(f"{path}: {name} is of type {header.get_dtype()}; known: {', '.join(DTYPES)}")
             self.meta[name] = torch.empty(header.get_shape(), dtype=DTYPES[header.get_dtype()], device="meta")
 
+    @property
+    def where(self) -> str:
+        """The source, and the prefix if there is one, in words."""
+        return f"{self.source} under {self.prefix!r}" if self.prefix else str(self.source)
+
+    def under(self, prefix: str) -> "Stored":
+        """Return the tensors whose names in the files begin with a prefix."""
+        part = copy(self)
+        part._hold(self._all, prefix)
+        return part
+
     def __getitem__(self, name: str) -> Tensor:
         path, file = self._files[name]
         try:
-            return file.get_tensor(self._prefix + name)
+            return file.get_tensor(self.prefix + name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {name} could not be read: {error}") from error
 
@@ -88,16 +124,41 @@ class Stored(Mapping[str, Tensor]):
         return len(self._files)
 
 
+class AsOurs(Mapping[str, Tensor]):
+    """Our tensors of a stored checkpoint, each made anew whenever it is asked for; `meta` has them on the meta device.
+
+    Raises:
+        CheckpointError: a tensor of theirs that should follow from the configuration does not.
+    """
+
+    def __init__(self, stored: Stored, rows: Sequence[Row]) -> None:
+        self._stored = stored
+        self._rows = {name: row for row in rows for name in row.ours}
+        self.meta = {name: x.to("meta") for row in rows for name, x in row.to_ours(stored.meta).items()}
+        for row in rows:
+            if not row.ours:
+                row.to_ours(stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._rows[name].to_ours(self._stored)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
 def read_into(
     model: nn.Module,
     rows: Sequence[Row],
-    source: Path,
+    source: Path | Stored,
     *,
     prefix: str = "",
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fill `model`, which best comes from the meta device, from the checkpoint at `source` (see `Stored`).
+    """Fill `model`, which best comes from the meta device, from a checkpoint: `Stored(source, prefix=prefix)`, or one given.
 
     Tensors keep the type they are stored in, or are cast to `dtype` one by one. Parameters are new ones; buffers that no
     checkpoint holds are set by the `reset_buffers()` of the module that has them. On an error the model is as it was.
@@ -106,13 +167,8 @@ def read_into(
         CheckpointError: the checkpoint is missing or damaged, or is not of this model (what differs is listed).
         ConfigError: a buffer would stay on the meta device.
     """
-    stored = Stored(source, prefix=prefix)
-    if problems := differences(rows, model, {name: x.shape for name, x in stored.meta.items()}):
-        under = f" under {prefix!r}" if prefix else ""
-        raise CheckpointError(
-            f"{source}{under} is not a checkpoint of this {type(model).__name__}: {problems}; build the model from "
-            f"the configuration stored with the weights"
-        )
+    stored = source if isinstance(source, Stored) else Stored(source, prefix=prefix)
+    check_fits(model, rows, stored.meta, stored.where)
     transient = _transient_buffers(model)
     filled = {
         name: torch.empty(x.shape, dtype=dtype if dtype and x.is_floating_point() else x.dtype, device=device)
@@ -129,6 +185,19 @@ def read_into(
     for module in dict.fromkeys(module for module, _ in transient):
         if callable(reset := getattr(module, "reset_buffers", None)):
             reset()
+
+
+def check_fits(model: nn.Module, rows: Sequence[Row], found: Mapping[str, Tensor], where: str) -> None:
+    """Compare names and shapes with those of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is not of this model (what differs is listed).
+    """
+    if problems := differences(rows, model, {name: x.shape for name, x in found.items()}):
+        raise CheckpointError(
+            f"{where} is not a checkpoint of this {type(model).__name__}: {problems}; build the model from "
+            f"the configuration stored with the weights"
+        )
 
 
 def state_as_theirs(
@@ -169,32 +238,41 @@ def gradients_as_theirs(model: nn.Module, rows: Sequence[Row]) -> dict[str, Tens
 
 
 def write_folder(
-    model: nn.Module,
+    source: nn.Module | AsOurs,
     rows: Sequence[Row],
     folder: Path,
     *,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
     dtype: torch.dtype | None = None,
-    max_shard_size: int = 10_000_000_000,  # bytes
+    max_shard_size: int | None = 10_000_000_000,  # bytes; None: one file
+    name: str = NAME,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Write `config` and the weights by their names; the folder appears when it is whole, or not at all.
+    """Write weights by their names, and a config.json unless it is None; the folder appears when it is whole, or not at all.
 
     Raises:
         ConfigError: the model is on the meta device and has no weights.
         CheckpointError: the folder exists and is not empty, a file could not be written, or as `state_as_theirs`.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not an empty folder; choose another, or remove it")
-    state = model.state_dict()
-    if empty := [name for name, x in state.items() if x.is_meta]:
+    check_empty(folder)
+    state: Mapping[str, Tensor] = source if isinstance(source, AsOurs) else source.state_dict()
+    shapes = (
+        source.meta if isinstance(source, AsOurs) else {k: torch.empty_like(x, device="meta") for k, x in state.items()}
+    )
+    if not isinstance(source, AsOurs) and (empty := [name for name, x in state.items() if x.is_meta]):
         raise ConfigError(f"the model has no weights to write, only shapes (as of {empty[0]}); fill it first")
+    planned = state_as_theirs(shapes, rows, dtype=dtype)
+    planned = {key: torch.empty_like(x, device="meta") for key, x in planned.items()}
+    plan = Plan(planned, name, max_shard_size, {"format": "pt", **(metadata or {})})
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
-        _write_json(partial / "config.json", config)
-        _write_weights(partial, state, rows, dtype, max_shard_size)
+        if config is not None:
+            _write_json(partial / "config.json", config)
+        _write_weights(partial, state, rows, plan, progress)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not write {folder}: {error}; free some space or choose another folder") from error
@@ -202,52 +280,81 @@ def write_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_empty(folder: Path) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        CheckpointError: it is there, and is not an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an empty folder; choose another, or remove it")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files to be written."""
+
+    tensors: Mapping[str, Tensor]  # on the meta device
+    name: str
+    max_shard_size: int | None
+    metadata: dict[str, str]
+
+
 def _write_weights(
-    folder: Path, state: Mapping[str, Tensor], rows: Sequence[Row], dtype: torch.dtype | None, max_shard_size: int
+    folder: Path, state: Mapping[str, Tensor], rows: Sequence[Row], plan: Plan, progress: Progress | None
 ) -> None:
-    shapes = {name: torch.empty_like(x, device="meta") for name, x in state.items()}
-    planned = {
-        name: torch.empty_like(x, device="meta") for name, x in state_as_theirs(shapes, rows, dtype=dtype).items()
-    }
+    total = sum(x.nbytes for x in plan.tensors.values())
     split = split_state_dict_into_shards_factory(
-        planned,
+        dict(plan.tensors),
         get_storage_size=lambda x: x.numel() * x.element_size(),
-        filename_pattern=f"{NAME}{{suffix}}.safetensors",
-        max_shard_size=max_shard_size,
+        filename_pattern=f"{plan.name}{{suffix}}.safetensors",
+        max_shard_size=plan.max_shard_size or total + 1,
     )
     for row in rows:
         if not row.theirs:
             row.to_theirs(state)
+    done = 0
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for row in rows:
             if not set(names).isdisjoint(row.theirs):
                 for name in (theirs := row.to_theirs(state)).keys() & set(names):
-                    shard[name] = theirs[name].to(planned[name].dtype).contiguous()
+                    shard[name] = theirs[name].to(plan.tensors[name].dtype).contiguous()
+                    done += shard[name].nbytes
+                if progress is not None:
+                    progress(done, total)
         seen: set[int] = set()  # copies of one tensor share memory, which files do not
         for name in names:
             shard[name] = shard[name].clone() if shard[name].data_ptr() in seen else shard[name]
             seen.add(shard[name].data_ptr())
-        save_file({name: shard[name] for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: shard[name] for name in names}, folder / file, metadata=plan.metadata)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / f"{NAME}.safetensors.index.json", index)
+        _write_json(folder / f"{plan.name}.safetensors.index.json", index)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _locate(source: Path) -> Path:
+def _unpickle(path: Path) -> str:
+    line = UNPICKLE.format(source=str(path), target=str(path.with_suffix(".safetensors")))
+    return f'make safetensors of it, if you trust it, with: python -c "{line}"'
+
+
+def _locate(source: Path, names: Sequence[str]) -> Path:
     """Return the safetensors file or the index that `source` is or holds."""
     if not source.exists():
         raise CheckpointError(f"{source} does not exist")
     if source.is_file():
         if source.suffix in PICKLES:
-            raise CheckpointError(f"{source} is pickled and could run anything when read; convert it to safetensors")
+            raise CheckpointError(f"{source} is pickled and could run anything when read; {_unpickle(source)}")
         return source
     files = sorted(path.name for path in source.iterdir())
-    usual = [name for name in (f"{NAME}.safetensors", f"{NAME}.safetensors.index.json") if name in files]
+    known = [
+        f"{name}.{ending}" for name in dict.fromkeys(names) for ending in ("safetensors", "safetensors.index.json")
+    ]
+    usual = [name for name in known if name in files]
     others = [
         name
         for name in files
@@ -260,8 +367,8 @@ def _locate(source: Path) -> Path:
         raise CheckpointError(f"{source} holds {' and '.join(found)}; name the one to read")
     if pickled := [name for name in files if name.endswith(PICKLES)]:
         raise CheckpointError(
-            f"{source} holds pickled weights only ({pickled[0]}), which could run anything when read; convert them to "
-            f"safetensors"
+            f"{source} holds pickled weights only ({pickled[0]}), which could run anything when read; "
+            f"{_unpickle(source / pickled[0])}"
         )
     shards = [name for name in files if SHARD.fullmatch(name)]
     raise CheckpointError(

@@ -1,109 +1,138 @@
 """The causal video autoencoder: everything between pixels and unit-variance latents.
 
-    clip B 3 T H W --patch--> stages down --> mean, log-variance --> latents B C t h w --> stages up --patch--> clip
+    clip B 3 T H W --patch--> encoder --> mean, log-variance --> latents B C t h w --> decoder --patch--> clip
 
-Causal in time with frame 0 alone: T = 1 + f k frames become t = 1 + k latents, and T = 1 is an image in the same
-latent space. `encode` and `decode` take a whole clip; `encode_chunk` and `decode_chunk` take it as it comes, with the
-same result whatever the chunks (the state is a value, see `nn/conv.py`). Per-channel mean and standard deviation live
+Encoder and decoder are tuples of layers (`reelflow.models.coder`). Causal in time with frame 0 alone: T = 1 + f k frames
+become t = 1 + k latents, and T = 1 is an image in the same latent space. `encode` and `decode` take a whole clip;
+`encode_chunk` and `decode_chunk` take it as it comes, with the same result whatever the chunks (the state is a value, see
+`nn/conv.py`), where no layer stands in the way (`VAEConfig.obstacles`). Per-channel mean and standard deviation live
 here, so no other file knows a scale factor.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import count
 from math import prod
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.nn.attention import attend
-from reelflow.nn.conv import START, CausalConv3d, CausalSequence, DownShuffle, State, TimePadding, UpShuffle
-from reelflow.nn.norm import ChannelRMSNorm
+from reelflow.models.coder import (
+    Act,
+    Attention,
+    Conv,
+    Fold,
+    Layer,
+    Padding,
+    Res,
+    Skip,
+    Timed,
+    Unfold,
+    build_layers,
+    factor,
+    obstacles,
+    width_after,
+)
+from reelflow.nn.conv import START, CausalConv3d, CausalSequence, Given, State, TimePadding
 
-__all__ = ["CausalVAE", "EncoderState", "Posterior", "Stage", "VAEConfig"]
+__all__ = ["CausalVAE", "EncoderState", "Pieces", "Posterior", "Stage", "VAEConfig", "staged"]
 
 
 @configuration
-class Stage:
-    """A run of residual blocks at one resolution, then (in the encoder) a division of space and time.
+class Pieces:
+    """A clip is encoded so many frames at a time, and decoded so many latents at a time.
 
-    The decoder reads the stages of its own list from the latents up, multiplying *before* its blocks.
+    Each piece knows what came `before`, and what is left over goes with the first; or it knows nothing, and what is left
+    over is a last, shorter one. Norms with statistics of a piece make this part of what was trained.
     """
 
-    channels: int
-    num_blocks: int
-    space: int = 1
-    time: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "space", "time"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"a stage's {name} must be at least 1, got {getattr(self, name)}")
-        if self.num_blocks < 0:
-            raise ConfigError(f"a stage's num_blocks must be at least 0, got {self.num_blocks}")
+    frames: int
+    latents: int
+    knows: Literal["before", "nothing"] = "before"
 
 
 @configuration
 class VAEConfig:
-    """Shape of a `CausalVAE`; the compression is the product of the patch and the stages' factors.
+    """Shape of a `CausalVAE`; the compression is the product of the patch and the layers' factors.
 
-    Without stages, encoder=() and decoder=(), latents are the pixels: folded by the patch and scaled to unit variance.
+    Without layers, encoder=() and decoder=(), latents are the pixels: folded by the patch and scaled to unit variance.
+    The posterior is Gaussian, with a variance per channel or one that the channels share, or a point.
 
     Raises:
-        ConfigError: encoder and decoder disagree about the compression, or widths do not divide.
+        ConfigError: encoder and decoder disagree about the compression, or widths do not fit.
     """
 
     latent_channels: int
-    encoder: tuple[Stage, ...]
-    decoder: tuple[Stage, ...]
-    patch: int = 1  # side of the pixel square folded into channels before the first stage
-    conv: Literal["full", "factorised"] = "full"  # 3 x 3 x 3 twice a block, or 1 x 3 x 3 then 3 x 1 x 1
-    resample_kernel: Literal[1, 3] = 3
-    mid_attention: Literal["none", "frame"] = "none"
-    time_padding: TimePadding = "first"
+    encoder: tuple[Layer, ...]
+    decoder: tuple[Layer, ...]
+    patch: int = 1  # side of the pixel square folded into channels before the first layer
+    posterior: Literal["gaussian", "shared", "point"] = "gaussian"
+    latent_mean: tuple[float, ...] = (0.0,)  # of what the encoder gives; one for each channel, or for all
+    latent_std: tuple[float, ...] = (1.0,)
+    pieces: Pieces | None = None
 
     def __post_init__(self) -> None:
         if self.latent_channels < 1 or self.patch < 1 or bool(self.encoder) != bool(self.decoder):
             raise ConfigError("a VAE needs latent_channels >= 1, patch >= 1, and stages in encoder and decoder")
-        if not self.encoder and self.latent_channels != 3 * self.patch**2:
+        for name in ("latent_mean", "latent_std"):
+            if len(getattr(self, name)) not in (1, self.latent_channels):
+                found = len(getattr(self, name))
+                raise ConfigError(f"{name} needs 1 value or {self.latent_channels}, one for each channel; got {found}")
+        if not all(std > 0 for std in self.latent_std):
+            raise ConfigError(f"every latent_std must be positive, got {self.latent_std}")
+        pixels = 3 * self.patch**2
+        if not self.encoder and self.latent_channels != pixels:
             raise ConfigError(
-                f"without stages latents are pixels, {3 * self.patch**2} channels of a patch of {self.patch}, "
-                f"got latent_channels={self.latent_channels}; nearest: {3 * self.patch**2}"
+                f"without stages latents are pixels, {pixels} channels of a patch of {self.patch}, "
+                f"got latent_channels={self.latent_channels}; nearest: {pixels}"
             )
         for axis in ("space", "time"):
-            down, up = (prod(getattr(s, axis) for s in stages) for stages in (self.encoder, self.decoder))
-            if down != up:
-                raise ConfigError(
-                    f"encoder divides {axis} by {down} but decoder multiplies it by {up}; make them equal"
-                )
-        for a, b, stage in self._resamplers():
-            cells = stage.space**2 * stage.time
-            fits = [cells * divisor for divisor in range(1, a + 1) if a % divisor == 0]
-            if b not in fits:
-                raise ConfigError(
-                    f"resampling {a} -> {b} channels over cells of {cells}: the wide side ({b}) must be a multiple of "
-                    f"{cells} and divide {a * cells}; nearest: {min(fits, key=lambda width: abs(width - b))}"
-                )
+            _check_strides(axis, factor(self.encoder, axis), factor(self.decoder, axis))
+        if self.encoder:
+            self._check_width("encoder", pixels, self.moments)
+            self._check_width("decoder", self.latent_channels, pixels)
 
-    def _resamplers(self) -> list[tuple[int, int, Stage]]:
-        """(channels on the fine side, channels on the coarse side, stage) of each resampling layer."""
-        widths = [s.channels for s in self.encoder]
-        down = list(zip(widths, widths[1:] + widths[-1:], self.encoder, strict=True))
-        widths = [s.channels for s in self.decoder]
-        up = list(zip(widths, widths[:1] + widths[:-1], self.decoder, strict=True))
-        return [(fine, coarse, s) for fine, coarse, s in down + up if s.space * s.time > 1]
+    def _check_width(self, name: Literal["encoder", "decoder"], first: int, last: int) -> None:
+        try:
+            found = width_after(getattr(self, name), first)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        if found != last:
+            raise ConfigError(f"the {name}'s last layer gives {found} channels; expected {last}")
+
+    @property
+    def moments(self) -> int:
+        """Channels that the encoder gives."""
+        means = self.latent_channels
+        return {"gaussian": 2 * means, "shared": means + 1, "point": means}[self.posterior]
 
     @property
     def spatial_stride(self) -> int:
-        return self.patch * prod(s.space for s in self.encoder)
+        return self.patch * factor(self.encoder, "space")
 
     @property
     def temporal_stride(self) -> int:
-        return prod(s.time for s in self.encoder)
+        return factor(self.encoder, "time")
+
+    @property
+    def timed(self) -> bool:
+        """Whether the decoder is told how clean latents are."""
+        return any(isinstance(layer, Timed) for layer in self.decoder)
+
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """Layers that chunks cannot pass exactly, and why; ("encoder[4] (res): its norm sees all frames", ...)."""
+        return obstacles(self.encoder, "encoder") + obstacles(self.decoder, "decoder")
+
+    @property
+    def streams(self) -> bool:
+        """Whether any cutting into chunks gives the whole clip's result, both ways."""
+        return not self.obstacles
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Return (C, t, h, w) of the latents of a clip.
@@ -111,10 +140,12 @@ class VAEConfig:
         Raises:
             ConfigError: an extent does not fit; names the nearest that do.
         """
-        stride, time = self.spatial_stride, self.temporal_stride
-        if num_frames < 1 or (num_frames - 1) % time:
-            below = max(0, num_frames - 1) // time * time + 1
-            raise ConfigError(f"num_frames must be 1 + {time} k, got {num_frames}; nearest: {below} or {below + time}")
+        stride = self.spatial_stride
+        if not self._latent_frames(num_frames):
+            fits = (n for n in count(max(1, num_frames)) if self._latent_frames(n))
+            below = next((n for n in range(num_frames, 0, -1) if self._latent_frames(n)), None)
+            near = f"{next(fits) if below is None else below} or {next(fits)}"
+            raise ConfigError(f"num_frames must be {self._lengths}, got {num_frames}; nearest: {near}")
         for name, extent in (("height", height), ("width", width)):
             if extent < 1 or extent % stride:
                 below = extent // stride * stride
@@ -122,7 +153,29 @@ class VAEConfig:
                 raise ConfigError(
                     f"{name} must be a multiple of {stride} (the VAE's stride), got {extent}; nearest: {options}"
                 )
-        return self.latent_channels, 1 + (num_frames - 1) // time, height // stride, width // stride
+        return self.latent_channels, self._latent_frames(num_frames), height // stride, width // stride
+
+    @property
+    def _lengths(self) -> str:
+        time, pieces = self.temporal_stride, self.pieces
+        if pieces is None:
+            return f"1 + {time} k"
+        n = pieces.frames
+        if pieces.knows == "before":
+            return f"1, {n} k or {n} k + 1"
+        return f"{n} k, or {' or '.join(str(k) for k in range(1, n, time))} more"
+
+    def _latent_frames(self, num_frames: int) -> int:
+        """Return how many latents a clip of so many frames has, or 0 if it does not fit."""
+        time, pieces = self.temporal_stride, self.pieces
+        if num_frames < 1:
+            return 0
+        if pieces is None or num_frames == 1:
+            return 0 if (num_frames - 1) % time else 1 + (num_frames - 1) // time
+        whole, rest = divmod(num_frames, pieces.frames)
+        if pieces.knows == "before":
+            return whole * pieces.latents + rest if whole and rest <= 1 else 0
+        return 0 if rest and (rest - 1) % time else whole * pieces.latents + (1 + (rest - 1) // time if rest else 0)
 
 
 class Posterior(NamedTuple):
@@ -148,46 +201,8 @@ class EncoderState(NamedTuple):
     pending: Float[Tensor, "B 3 T H W"] | None
 
 
-class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, on top of the input (or its 1 x 1 projection when the width changes)."""
-
-    def __init__(self, in_channels: int, channels: int, config: VAEConfig) -> None:
-        super().__init__()
-        first, second = ((3, 3), (3, 3)) if config.conv == "full" else ((1, 3), (3, 1))
-        self.norm1 = ChannelRMSNorm(in_channels, eps=1e-6)
-        self.conv1 = CausalConv3d(in_channels, channels, first, time_padding=config.time_padding)
-        self.norm2 = ChannelRMSNorm(channels, eps=1e-6)
-        self.conv2 = CausalConv3d(channels, channels, second, time_padding=config.time_padding)
-        nn.init.zeros_(self.conv2.conv.weight)
-        self.shortcut = nn.Conv3d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
-
-    def forward(self, x: Float[Tensor, "B C T H W"], state: State) -> tuple[Float[Tensor, "B D T H W"], State]:
-        first, second = state or (state, state)
-        y, first = self.conv1(F.silu(self.norm1(x)), first)
-        y, second = self.conv2(F.silu(self.norm2(y)), second)
-        return self.shortcut(x) + y, None if state is None else (first, second)
-
-
-class FrameAttention(nn.Module):
-    """Single-head attention among the positions of each frame; needs no state."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = ChannelRMSNorm(channels, eps=1e-6)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: Float[Tensor, "B C T H W"], state: State) -> tuple[Float[Tensor, "B C T H W"], State]:
-        B, _, T, H, W = x.shape
-        q, k, v = self.qkv(rearrange(self.norm(x), "B C T H W -> (B T) 1 (H W) C")).chunk(3, dim=-1)
-        y = self.out(attend(q, k, v))
-        return x + rearrange(y, "(B T) (H W) C -> B C T H W", B=B, T=T, H=H, W=W), state
-
-
 class CausalVAE(nn.Module):
-    """A causal 3D autoencoder with a Gaussian bottleneck (see the module's docstring)."""
+    """A causal 3D autoencoder (see the module's docstring)."""
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -195,39 +210,49 @@ class CausalVAE(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = CausalSequence(_encoder_layers(config) if config.encoder else ())
-        self.decoder = CausalSequence(_decoder_layers(config) if config.decoder else ())
-        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
-        if not config.encoder:
-            return
-        head = self.encoder[-1]
-        assert isinstance(head, CausalConv3d)
-        assert head.conv.bias is not None
-        with torch.no_grad():  # log-variance starts at -6: louder posterior noise would drown the signal early on
-            head.conv.weight[config.latent_channels :] *= 0.1
-            head.conv.bias[config.latent_channels :] = -6.0
+        self.encoder = build_layers(config.encoder, 3 * config.patch**2)
+        self.decoder = build_layers(config.decoder, config.latent_channels)
+        for name in ("latent_mean", "latent_std"):
+            values = torch.tensor(getattr(config, name), dtype=torch.get_default_dtype())
+            self.register_buffer(name, values.expand(config.latent_channels).clone())
+        self.time_scale = nn.Parameter(torch.tensor(1000.0)) if config.timed else None
+        head = self.encoder[-1] if config.encoder else None
+        if isinstance(head, CausalConv3d) and head.conv.bias is not None and config.posterior != "point":
+            with torch.no_grad():  # log-variance starts at -6: louder posterior noise would drown the signal early on
+                head.conv.weight[config.latent_channels :] *= 0.1
+                head.conv.bias[config.latent_channels :] = -6.0
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
-    def encode(self, clip: Float[Tensor, "B 3 T H W"]) -> Posterior:
-        """Encode a whole clip in [-1, 1] at once.
+    def encode(self, clip: Float[Tensor, "B C T H W"]) -> Posterior:
+        """Encode a whole clip of colours in [-1, 1] at once.
 
         Raises:
             ConfigError: T is not 1 + f k, or a side is not a multiple of the stride.
         """
+        self._check_clip(clip)
         self.config.latent_shape(*clip.shape[2:])
         return self._encode(clip, None)[0]
 
-    def decode(self, latents: Float[Tensor, "B c t h w"]) -> Float[Tensor, "B 3 T H W"]:
+    def decode(
+        self,
+        latents: Float[Tensor, "B c t h w"],
+        *,
+        t: float | Float[Tensor, " _"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "B 3 T H W"]:
         """Decode latents to pixels (about [-1, 1], not clamped), with T = 1 + f (t - 1).
 
+        A decoder that is told the time (`VAEConfig.timed`) also takes latents that are noisy a little: as noisy as at `t`,
+        which is 1, clean, unless said. The generator is of the noise that some decoders add.
+
         Raises:
-            ConfigError: the latents have another number of channels.
+            ConfigError: the latents have another number of channels, are empty or are not finite; the decoder is told no
+                time, or `t` is not one for each clip.
         """
-        return self.decode_chunk(latents, None)[0]
+        return self._decode(latents, None, Given(self._decoder_time(latents, t), generator=generator))[0]
 
     def encode_chunk(
-        self, frames: Float[Tensor, "B 3 T H W"], state: EncoderState | None = None
+        self, frames: Float[Tensor, "B C T H W"], state: EncoderState | None = None
     ) -> tuple[Posterior | None, EncoderState]:
         """Encode the next frames of a stream, any number of them; `state` None begins one.
 
@@ -235,11 +260,20 @@ class CausalVAE(nn.Module):
         next frames. A stream of 1 + f k frames ends with nothing pending.
 
         Raises:
-            ConfigError: a side is not a multiple of the stride.
+            ConfigError: a side is not a multiple of the stride, the state is of another stream, or a layer needs the
+                whole clip (`VAEConfig.obstacles`).
         """
+        self._check_streams("encoder")
+        self._check_clip(frames)
         self.config.latent_shape(1, *frames.shape[3:])
         layers, pending = state if state is not None else (START, None)
-        frames = frames if pending is None else torch.cat([pending, frames], dim=2)
+        if pending is not None:
+            if pending.shape[:2] + pending.shape[3:] != frames.shape[:2] + frames.shape[3:]:
+                raise ConfigError(
+                    f"the state is of frames {tuple(pending.shape)}, B C T H W, and these are {tuple(frames.shape)}; "
+                    f"continue a stream as it began"
+                )
+            frames = torch.cat([pending, frames], dim=2)
         time = self.config.temporal_stride
         head = 0 if layers else 1
         ready = head + (frames.shape[2] - head) // time * time if frames.shape[2] >= head else 0
@@ -250,19 +284,16 @@ class CausalVAE(nn.Module):
         return posterior, EncoderState(layers, later if later.shape[2] else None)
 
     def decode_chunk(
-        self, latents: Float[Tensor, "B c t h w"], state: State = START
+        self, latents: Float[Tensor, "B c t h w"], state: State = START, *, t: float | Float[Tensor, " _"] | None = None
     ) -> tuple[Float[Tensor, "B 3 T H W"], State]:
         """Decode the next latents of a stream; returns their frames and the state to pass with the next ones.
 
         Raises:
-            ConfigError: the latents have another number of channels.
+            ConfigError: as `decode`, or the state is of another stream, or a layer needs the whole clip.
         """
-        if latents.shape[1] != self.config.latent_channels:
-            raise ConfigError(f"the VAE has {self.config.latent_channels} latent channels, got {latents.shape[1]}")
-        x = latents * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
-        x, state = self.decoder(x.contiguous(memory_format=torch.channels_last_3d), state)
-        p = self.config.patch
-        return rearrange(x, "B (C h w) T H W -> B C T (H h) (W w)", h=p, w=p), state
+        if state is not None:
+            self._check_streams("decoder")
+        return self._decode(latents, state, Given(self._decoder_time(latents, t)))
 
     def stream_decode(self, chunks: Iterable[Float[Tensor, "B c _ h w"]]) -> Iterator[Float[Tensor, "B 3 T H W"]]:
         """Decode latents as they come, at memory that does not grow with the clip."""
@@ -283,59 +314,162 @@ class CausalVAE(nn.Module):
         self.latent_mean += mean.to(self.latent_mean) * self.latent_std
         self.latent_std *= std.to(self.latent_std)
 
-    def _encode(self, clip: Float[Tensor, "B 3 T H W"], state: State) -> tuple[Posterior, State]:
+    def _encode(self, clip: Tensor, state: State) -> tuple[Posterior, State]:
         p = self.config.patch
         x = rearrange(clip, "B C T (H h) (W w) -> B (C h w) T H W", h=p, w=p)
-        x, state = self.encoder(x.contiguous(memory_format=torch.channels_last_3d), state)
-        mean, logvar = x.chunk(2, dim=1) if self.encoder else (x, torch.full_like(x, -30))
+        x, state = self._through(self.encoder, x, state)
+        mean, logvar = x[:, : self.config.latent_channels], x[:, self.config.latent_channels :]
+        if self.config.posterior == "point" or not self.encoder:
+            logvar = torch.full_like(mean, -30)
+        logvar = logvar.expand_as(mean)
         std = self._per_channel(self.latent_std)
         mean = (mean - self._per_channel(self.latent_mean)) / std
         return Posterior(mean, logvar.clamp(-30, 20) - 2 * std.log()), state
+
+    def _decoder_time(self, latents: Tensor, t: float | Tensor | None) -> Tensor | None:
+        if self.time_scale is None:
+            if t is not None:
+                raise ConfigError("this decoder is told no time; leave t out")
+            return None
+        wide = torch.promote_types(latents.dtype, torch.float32)
+        noisy = torch.as_tensor(0.0 if t is None else 1 - t, dtype=wide, device=latents.device)
+        if noisy.ndim and noisy.shape != latents.shape[:1]:
+            raise ConfigError(f"t is a number or one for each of {latents.shape[0]} clips, got {tuple(noisy.shape)}")
+        return noisy.expand(latents.shape[0]) * self.time_scale.to(wide)
+
+    def _decode(self, latents: Tensor, state: State, given: Given) -> tuple[Tensor, State]:
+        channels = self.config.latent_channels
+        if latents.shape[1] != channels:
+            raise ConfigError(f"the VAE has {channels} latent channels, got {latents.shape[1]}")
+        if not latents.numel():
+            raise ConfigError(f"there is nothing to decode in latents of shape {tuple(latents.shape)}, B C T H W")
+        looked_at = not (latents.requires_grad or latents.is_meta or torch.compiler.is_compiling())
+        if looked_at and not bool(latents.isfinite().all()):
+            raise ConfigError("latents must be finite, got NaN or infinity; the denoiser that made them overflowed")
+        x = latents * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
+        x, state = self._through(self.decoder, x, state, given)
+        p = self.config.patch
+        return rearrange(x, "B (C h w) T H W -> B C T (H h) (W w)", h=p, w=p), state
+
+    def _through(self, layers: CausalSequence, x: Tensor, state: State, given: Given = Given()) -> tuple[Tensor, State]:
+        """Pass x through the layers, in pieces if it is a whole clip and they were trained so."""
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        pieces = self.config.pieces
+        if pieces is None or state is not None:
+            return layers(x, state, given._replace(latents=x))
+        size = pieces.frames if layers is self.encoder else pieces.latents
+        if pieces.knows == "nothing":
+            parts = [layers(part, None, given._replace(latents=part))[0] for part in x.split(size, dim=2)]
+            return torch.cat(parts, dim=2), None
+        lengths = [size + x.shape[2] % size, *(x.shape[2] // size - 1) * [size]] if x.shape[2] > size else [x.shape[2]]
+        parts, state = [], START
+        for part in x.split(lengths, dim=2):
+            y, state = layers(part, state, given._replace(latents=part))
+            parts.append(y)
+        return torch.cat(parts, dim=2), None
+
+    def _check_clip(self, clip: Tensor) -> None:
+        if clip.shape[1] != 3 or not clip.shape[0]:
+            raise ConfigError(f"a clip is B 3 T H W with B >= 1, got {tuple(clip.shape)}")
+
+    def _check_streams(self, name: Literal["encoder", "decoder"]) -> None:
+        if found := obstacles(getattr(self.config, name), name):
+            whole = {"encoder": "encode", "decoder": "decode"}[name]
+            raise ConfigError(f"{found[0]}, so chunks would not give the whole clip's result; use {whole}()")
 
     def _per_channel(self, statistic: Tensor) -> Tensor:
         return statistic.view(1, -1, 1, 1, 1)
 
 
-class Pointwise(nn.Module):
-    """norm, SiLU: the end of a stack, before its last convolution."""
+@configuration
+class Stage:
+    """A run of residual blocks at one resolution, then (in the encoder) a division of space and time.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = ChannelRMSNorm(channels, eps=1e-6)
+    The decoder reads the stages of its own list from the latents up, multiplying *before* its blocks.
+    """
 
-    def forward(self, x: Float[Tensor, "B C T H W"], state: State) -> tuple[Float[Tensor, "B C T H W"], State]:
-        return F.silu(self.norm(x)), state
+    channels: int
+    num_blocks: int
+    space: int = 1
+    time: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "space", "time"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"a stage's {name} must be at least 1, got {getattr(self, name)}")
+        if self.num_blocks < 0:
+            raise ConfigError(f"a stage's num_blocks must be at least 0, got {self.num_blocks}")
 
 
-def _encoder_layers(config: VAEConfig) -> Iterator[nn.Module]:
-    pad, kernel, stages = config.time_padding, config.resample_kernel, config.encoder
-    yield CausalConv3d(3 * config.patch**2, stages[0].channels, (3, 3), time_padding=pad)
-    for stage, after in zip(stages, stages[1:] + stages[-1:], strict=True):
-        for _ in range(stage.num_blocks):
-            yield ResBlock(stage.channels, stage.channels, config)
-        if stage.space * stage.time > 1:
-            factors = {"space": stage.space, "time": stage.time}
-            yield DownShuffle(stage.channels, after.channels, **factors, kernel=kernel, time_padding=pad)
+def staged(
+    latent_channels: int,
+    encoder: tuple[Stage, ...],
+    decoder: tuple[Stage, ...],
+    *,
+    patch: int = 1,
+    conv: Literal["full", "factorised"] = "full",
+    resample_kernel: Literal[1, 3] = 3,
+    mid_attention: Literal["none", "frame"] = "none",
+    time_padding: TimePadding = "first",
+) -> VAEConfig:
+    """Return the default design: stages of residual blocks, and shuffles with shortcuts between them.
+
+    Going down, a convolution is folded by cells into channels, beside the means of the folded input (Chen et al. 2024,
+    DC-AE, sec. 3.2); going up, unfolded, beside copies of the input. Blocks convolve 3 x 3 x 3 twice, or ("factorised")
+    1 x 3 x 3, then 3 x 1 x 1.
+
+    Raises:
+        ConfigError: encoder and decoder disagree about the compression, or widths do not divide.
+    """
+    if latent_channels < 1 or patch < 1 or bool(encoder) != bool(decoder):
+        raise ConfigError("a VAE needs latent_channels >= 1, patch >= 1, and stages in encoder and decoder")
+    if not encoder:
+        return VAEConfig(latent_channels, (), (), patch=patch)
+    for axis in ("space", "time"):
+        _check_strides(axis, *(prod(getattr(stage, axis) for stage in stages) for stages in (encoder, decoder)))
+    pad = Padding(time_padding)
+    kernels = ((3, 3), (3, 3)) if conv == "full" else ((1, 3), (3, 1))
+    resample = (resample_kernel, resample_kernel)
+    middle: tuple[Layer, ...] = (Attention(),) if mid_attention == "frame" else ()
+
+    def blocks(channels: int, count: int) -> list[Layer]:
+        return [Res(channels, kernels=kernels, pad=pad) for _ in range(count)]
+
+    down: list[Layer] = [Conv(encoder[0].channels, pad=pad)]
+    for stage, after in zip(encoder, encoder[1:] + encoder[-1:], strict=True):
+        down += blocks(stage.channels, stage.num_blocks)
+        if (cells := stage.space**2 * stage.time) > 1:
+            _check_resampler(stage.channels, after.channels, cells)
+            fold = Fold(stage.space, stage.time)
+            layers = (Conv(after.channels // cells, resample, pad=pad), fold)
+            down.append(Skip(layers, (replace(fold, channels=after.channels),)))
         elif after.channels != stage.channels:
-            yield ResBlock(stage.channels, after.channels, config)
-    if config.mid_attention == "frame":
-        yield FrameAttention(stages[-1].channels)
-    yield Pointwise(stages[-1].channels)
-    yield CausalConv3d(stages[-1].channels, 2 * config.latent_channels, (3, 3), time_padding=pad)
+            down += blocks(after.channels, 1)
+    down += [*middle, Act(), Conv(2 * latent_channels, pad=pad)]
 
-
-def _decoder_layers(config: VAEConfig) -> Iterator[nn.Module]:
-    pad, kernel, stages = config.time_padding, config.resample_kernel, config.decoder
-    yield CausalConv3d(config.latent_channels, stages[0].channels, (3, 3), time_padding=pad)
-    if config.mid_attention == "frame":
-        yield FrameAttention(stages[0].channels)
-    for before, stage in zip(stages[:1] + stages[:-1], stages, strict=True):
-        if stage.space * stage.time > 1:
-            factors = {"space": stage.space, "time": stage.time}
-            yield UpShuffle(before.channels, stage.channels, **factors, kernel=kernel, time_padding=pad)
+    up: list[Layer] = [Conv(decoder[0].channels, pad=pad), *middle]
+    for before, stage in zip(decoder[:1] + decoder[:-1], decoder, strict=True):
+        if (cells := stage.space**2 * stage.time) > 1:
+            _check_resampler(stage.channels, before.channels, cells)
+            unfold = Unfold(stage.space, stage.time)
+            through = (Conv(stage.channels * cells, resample, pad=pad), unfold)
+            up.append(Skip(through, (replace(unfold, channels=stage.channels),)))
         elif before.channels != stage.channels:
-            yield ResBlock(before.channels, stage.channels, config)
-        for _ in range(stage.num_blocks):
-            yield ResBlock(stage.channels, stage.channels, config)
-    yield Pointwise(stages[-1].channels)
-    yield CausalConv3d(stages[-1].channels, 3 * config.patch**2, (3, 3), time_padding=pad)
+            up += blocks(stage.channels, 1)
+        up += blocks(stage.channels, stage.num_blocks)
+    up += [Act(), Conv(3 * patch**2, pad=pad)]
+    return VAEConfig(latent_channels, tuple(down), tuple(up), patch=patch)
+
+
+def _check_strides(axis: str, down: int, up: int) -> None:
+    if down != up:
+        raise ConfigError(f"encoder divides {axis} by {down} but decoder multiplies it by {up}; make them equal")
+
+
+def _check_resampler(fine: int, coarse: int, cells: int) -> None:
+    fits = [cells * divisor for divisor in range(1, fine + 1) if fine % divisor == 0]
+    if coarse not in fits:
+        raise ConfigError(
+            f"resampling {fine} -> {coarse} channels over cells of {cells}: the wide side ({coarse}) must be a multiple of "
+            f"{cells} and divide {fine * cells}; nearest: {min(fits, key=lambda width: abs(width - coarse))}"
+        )

@@ -59,7 +59,7 @@ from reelflow.generation.sampling import Sampling, guided_by, sampler_of
 from reelflow.models.blocks import Attend, Branches, FeedForward, gate_values
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
-from reelflow.models.vae import CausalVAE, Posterior, Stage, VAEConfig
+from reelflow.models.vae import CausalVAE, Posterior, Stage, VAEConfig, staged
 from reelflow.models.weights import load_weights
 from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch, token_grid
@@ -246,7 +246,7 @@ def comparison() -> Comparison:
             num_validation=192,
         ),
         teraflops=3.0,
-        vae=VAEConfig(
+        vae=staged(
             latent_channels=8,
             patch=4,
             conv="factorised",
@@ -651,6 +651,7 @@ def _run(config: Comparison, out: Path, name: str, seed: int, hear: Hear) -> boo
     clips = _load(out, variant.size)
     space = _space(config, out, variant, clips)
     vectors = config.text([prompt(*combination) for combination in data.combinations]).pooled
+    assert vectors is not None
     torch.manual_seed(seed)
     model = VideoDiT(config.model(variant))
     cost, steps, folder = config.cost(variant), config.steps(variant), out / "runs" / f"{name}-{seed}"

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.conditioning.labels import ClassWords
+from reelflow.conditioning.sentences import Sentences
 from reelflow.conditioning.text import HashedWords, words_of
 from reelflow.config import configuration, to_dict
 from reelflow.data.folder import ClipSpec
@@ -102,7 +103,7 @@ class Recipe:
     data: WorldData | FolderData
     clip: ClipSpec
     vae: AutoencoderStage
-    text: HashedWords | ClassWords
+    text: HashedWords | ClassWords | Sentences
     dit: TransformerStage
     sampling: Sampling
 

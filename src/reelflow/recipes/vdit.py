@@ -8,6 +8,7 @@ pixels: after a first run, `--set vae.pretrained=runs/vdit-world` leaves its tra
 from dataclasses import replace
 
 from reelflow.conditioning.labels import ClassWords
+from reelflow.conditioning.sentences import Sentences
 from reelflow.conditioning.text import HashedWords
 from reelflow.data.folder import ClipSpec
 from reelflow.data.worlds import COLOURS, World
@@ -22,7 +23,7 @@ from reelflow.families.vdit import (
 )
 from reelflow.generation.sampling import Sampling
 from reelflow.models.context import Layers
-from reelflow.models.vae import Stage, VAEConfig
+from reelflow.models.vae import Stage, VAEConfig, staged
 from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch
 from reelflow.recipes.recipe import AutoencoderStage, Recipe, TransformerStage, WorldData
@@ -42,7 +43,7 @@ CLASSES = ClassWords(
     )
 )
 PIXELS = VAEConfig(latent_channels=3, encoder=(), decoder=())
-LATENTS = VAEConfig(
+LATENTS = staged(
     latent_channels=8,
     patch=2,
     conv="factorised",
@@ -79,7 +80,7 @@ def vdit_mm_world() -> Recipe:
 
 def _on_world(
     model: FoundingModel,
-    text: HashedWords | ClassWords,
+    text: HashedWords | ClassWords | Sentences,
     *,
     vae: VAEConfig = LATENTS,
     patch: Patch = Patch(1, 2, 2),

@@ -7,7 +7,7 @@ from reelflow.generation.sampling import Sampling
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig
-from reelflow.models.vae import Stage, VAEConfig
+from reelflow.models.vae import Stage, staged
 from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch
 from reelflow.recipes.recipe import AutoencoderStage, Recipe, TransformerStage, WorldData
@@ -30,7 +30,7 @@ def world() -> Recipe:
         data=WorldData(world=World(), num_clips=3600, num_validation=64, seed=0),
         clip=ClipSpec(num_frames=17, height=64, width=64, fps=8.0),
         vae=AutoencoderStage(
-            model=VAEConfig(
+            model=staged(
                 latent_channels=16,
                 patch=4,
                 conv="factorised",

@@ -1,0 +1,110 @@
+"""All published autoencoders, and folders of their weights into models and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reelflow.errors import CheckpointError, ConfigError, ReelflowError, nearest
+from reelflow.families.coder import Coder
+from reelflow.families.cogvideox_vae import COGVIDEOX_VAE
+from reelflow.families.cosmos_vae import COSMOS_VAE
+from reelflow.families.hunyuan15_vae import HUNYUAN15_VAE
+from reelflow.families.hunyuan_vae import HUNYUAN_VAE
+from reelflow.families.kl_vae import KL_VAE
+from reelflow.families.ltx_vae import LTX_VAE
+from reelflow.families.mochi_vae import MOCHI_VAE
+from reelflow.families.opensora_vae import OPENSORA_VAE
+from reelflow.families.svd_vae import SVD_VAE
+from reelflow.families.wan_vae import WAN_VAE
+from reelflow.interop.checkpoints import Stored, read_into, write_folder
+from reelflow.interop.mapping import Row, differences
+from reelflow.models.vae import CausalVAE
+
+__all__ = ["AUTOENCODERS", "empty_vae", "load_vae", "save_vae"]
+
+AUTOENCODERS: tuple[Coder, ...] = (
+    WAN_VAE,
+    HUNYUAN_VAE,
+    KL_VAE,
+    LTX_VAE,
+    HUNYUAN15_VAE,
+    MOCHI_VAE,
+    COGVIDEOX_VAE,
+    OPENSORA_VAE,
+    SVD_VAE,
+    COSMOS_VAE,
+)
+
+
+def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVAE:
+    """Return the autoencoder in a folder of published weights (config.json and safetensors), as diffusers writes them.
+
+    Weights keep the type they are stored in, or are cast to `dtype`.
+
+    Raises:
+        CheckpointError: the folder holds no such autoencoder, or the weights are not those of its configuration.
+    """
+    vae, family = empty_vae(folder)
+    stored = Stored(Path(folder))
+    read_into(vae, _table(family, vae, stored), stored, dtype=dtype, device=device)
+    for statistic in (vae.latent_mean, vae.latent_std):  # constants come in the type of none
+        statistic.data = statistic.to(next(vae.parameters()).dtype)
+    return vae.to(memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
+
+
+def empty_vae(folder: str | Path) -> tuple[CausalVAE, Coder]:
+    """Return the autoencoder that a folder's config.json tells of, without weights, on the meta device; and its family.
+
+    Raises:
+        CheckpointError: there is no such file, or it tells of no autoencoder known here.
+    """
+    path = Path(folder) / "config.json"
+    found = _read_json(path)
+    known = {family.class_name: family for family in AUTOENCODERS}
+    name = found.get("_class_name") or (found.get("architectures") or [None])[0]
+    if name not in known:
+        raise CheckpointError(f"{path} is of {name!r}, which is no autoencoder known here; {nearest(str(name), known)}")
+    with torch.device("meta"):
+        return CausalVAE(known[name].read(found)), known[name]
+
+
+def save_vae(vae: CausalVAE, folder: str | Path, family: Coder, *, dtype: torch.dtype | None = None) -> None:
+    """Write an autoencoder of a family as diffusers would: config.json and safetensors, which it reads again.
+
+    Raises:
+        CheckpointError: the folder is not empty, or the disk is full, or the latents' statistics are no longer those of
+            the configuration.
+        ConfigError: the network is not of this family.
+    """
+    try:  # what a family writes of its own networks; of others it may not find what it looks for
+        config = family.write(vae.config)
+        own = family.read(config) == vae.config
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, ReelflowError, TypeError, ValueError):
+        own = False
+    if not own:
+        raise ConfigError(f"the network is none of {family.name}; {family.name} has {', '.join(family.sizes)}")
+    config = {"_class_name": family.class_name, **config}
+    write_folder(vae, family.weights(vae.config), Path(folder), config=config, dtype=dtype)
+
+
+def _table(family: Coder, vae: CausalVAE, stored: Stored) -> tuple[Row, ...]:
+    """Return the table of weights as they are named today, unless the older names fit."""
+    if family.older_weights is not None:
+        rows = family.older_weights(vae.config)
+        if not differences(rows, vae, {name: x.shape for name, x in stored.meta.items()}):
+            return rows
+    return family.weights(vae.config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the folder of one network") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no configuration")
+    return found

@@ -1,0 +1,72 @@
+"""How much memory operations take, found by walking them with tensors that have shapes and no data.
+
+Every operation's results are weighed when they are made and given back when the last reference to them is gone, in the
+order in which eager PyTorch would. What kernels use inside themselves is not seen.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Weighing", "peak_bytes"]
+
+
+class Weighing(TorchDispatchMode):
+    """Weigh the tensors that operations make while it is entered: bytes `alive`, and their `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in given:
+                    self._weigh(storage)
+        return results
+
+    def _weigh(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+
+def peak_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Return the most that `run` holds at once beside the weights of `model`, which lie on the meta device.
+
+    What `run` makes of them it has to make itself: its own inputs weigh too.
+    """
+
+    class Run(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> Any:
+            return run()
+
+    with FakeTensorMode():  # unlike the meta device it chooses the kernels of attention that a CPU would
+        whole = Run()
+        parts = dict(whole.named_buffers()) | dict(whole.named_parameters())
+        weights = {name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for name, x in parts.items()}
+        with torch.no_grad(), Weighing() as weighing:
+            functional_call(whole, weights, ())
+    return weighing.peak
