@@ -53,7 +53,7 @@ CASES = {
         WINDOWS,
     ),
     "cogvideox": Case(
-        COGVIDEOX_VAE, diffusers.AutoencoderKLCogVideoX, {"block_out_channels": [32, 64, 64, 128]}, (33, 64, 64)
+        COGVIDEOX_VAE, diffusers.AutoencoderKLCogVideoX, {"block_out_channels": [64, 128, 128, 256]}, (17, 72, 72)
     ),
     "mochi": Case(
         MOCHI_VAE,

@@ -369,7 +369,7 @@ def test_a_failure_leaves_nothing_behind(loaded, folder, monkeypatch, failure):
         if len(written) == 2:
             raise failure
 
-    monkeypatch.setattr(checkpoints, "save_file", failing)
+    monkeypatch.setattr(checkpoints, "write_tensors", failing)
     with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else CheckpointError):
         write_folder(loaded, TABLE, folder.parent / "out", config={}, max_shard_size=200)
     assert len(written) == 2

@@ -1,10 +1,12 @@
+import os
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from reelflow.errors import CheckpointError
-from reelflow.models.weights import load_weights, read_tensors
+from reelflow.models.weights import load_weights, read_tensors, write_tensors
 
 
 def network(seed: int, *, width: int = 3) -> nn.Module:
@@ -83,3 +85,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "nothing", tmp_path):
         with pytest.raises(CheckpointError, match="is missing or is not"):
             read_tensors(path)
+
+
+def test_a_written_file_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", metadata={"b": "c"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    assert torch.equal(read_tensors(tmp_path / "a.safetensors")["a"], torch.ones(2))

@@ -27,13 +27,12 @@ def encode(
 ) -> None:
     """Encode a video to latents. Any length, at memory that does not grow; says what the way back loses."""
     import torch
-    from safetensors.torch import save_file
 
     from reelflow.data.video import VideoWriter, probe, read_clip
     from reelflow.generation.pipeline import model_folder, read_card, to_frames
     from reelflow.generation.provenance import file_sha256
     from reelflow.models.vae import CausalVAE, EncoderState
-    from reelflow.models.weights import load_weights
+    from reelflow.models.weights import load_weights, write_tensors
     from reelflow.nn.conv import START, State
     from reelflow.training.meters import peak_memory_bytes
 
@@ -95,7 +94,7 @@ def encode(
     latents = {"mean": torch.cat(means, dim=1).contiguous(), "logvar": torch.cat(logvars, dim=1).contiguous()}
     partial = out.with_name(f".{out.name}.partial")
     try:
-        save_file(latents, partial, metadata=metadata)
+        write_tensors(latents, partial, metadata=metadata)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)

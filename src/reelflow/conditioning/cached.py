@@ -3,17 +3,17 @@
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.conditioning.text import TextFeatures
+from reelflow.models.weights import write_tensors
 
 __all__ = ["Cached", "Identified"]
 
@@ -86,13 +86,12 @@ class Cached:
     def _save(self, prompt: str, row: dict[str, Tensor]) -> None:
         path = self.path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
+        partial = path.with_name(f".{uuid4().hex}.partial")
         try:
-            save_file(row, partial, metadata={"sha256": _digest(row)})
+            write_tensors(row, partial, metadata={"sha256": _digest(row)})
             os.replace(partial, path)
         except BaseException:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
 
 

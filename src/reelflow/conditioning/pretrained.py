@@ -326,7 +326,13 @@ def read_model(folder: Path, readers: dict[str, str], dtype: torch.dtype | None,
 def _read(what: str, kind: Any, folder: Path, **options: Any) -> Any:
     if not Path(folder).is_dir():  # else taken for a name on a hub
         raise CheckpointError(f"there is no folder {folder} to read the {what} from")
+    told = transformers().utils.logging
+    shown = told.is_progress_bar_enabled()
+    told.disable_progress_bar()  # of its own, in the middle of ours
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} holds no {what} that transformers reads: {error}") from error
+    finally:
+        if shown:
+            told.enable_progress_bar()

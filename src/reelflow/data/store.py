@@ -19,12 +19,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.data.folder import ClipSpec, list_videos, read_captions, read_windows
 from reelflow.errors import ConfigError, DataError, MediaError, nearest
+from reelflow.models.weights import write_tensors
 
 __all__ = ["BuildReport", "Store", "build_clip_store", "write_store"]
 
@@ -245,7 +245,7 @@ class _Writer:
         path = _shard_path(self.folder, len(self.shard_bytes))
         rows = {key: value[: len(self.meta)] for key, value in self.shard.items()}
         try:
-            save_file(rows, path, metadata={"meta": json.dumps(self.meta)})
+            write_tensors(rows, path, metadata={"meta": json.dumps(self.meta)})
             _sync(path)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot write {path}: {error}") from error

@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.conditioning.labels import ClassWords
@@ -35,7 +34,7 @@ from reelflow.generation.sampling import Sampling, guided_by, sampler_of
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, VAEConfig
-from reelflow.models.weights import load_weights
+from reelflow.models.weights import load_weights, write_tensors
 from reelflow.nn.patchify import token_grid
 
 __all__ = [
@@ -187,7 +186,7 @@ class Pipeline:
         partial.mkdir(parents=True)
         for name, model in (("vae", self.vae), ("dit", self.dit)):
             tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-            save_file(tensors, partial / f"{name}.safetensors")
+            write_tensors(tensors, partial / f"{name}.safetensors")
         (partial / "model.json").write_text(json.dumps(to_dict(self.card), indent=1))
         os.replace(partial, folder)
 
@@ -357,7 +356,8 @@ def model_folder(folder: Path) -> Path:
             return candidate
     state = "is a run that has not finished training" if (folder / "recipe.json").is_file() else "holds no model.json"
     raise CheckpointError(
-        f"{folder} {state if folder.is_dir() else 'does not exist'}; make a model with: reelflow train"
+        f"{folder} {state if folder.is_dir() else 'does not exist'}; make a model with: reelflow train, or give the folder "
+        f"of a whole published system, which has a model_index.json"
     )
 
 

@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reelflow.errors import CheckpointError, ConfigError
 from reelflow.interop.mapping import Entry, Fixed, Row, differences
-from reelflow.models.weights import count_names
+from reelflow.models.weights import count_names, write_tensors
 
 __all__ = [
     "PICKLES",
@@ -127,12 +126,16 @@ class Stored(Mapping[str, Tensor]):
 class AsOurs(Mapping[str, Tensor]):
     """Our tensors of a stored checkpoint, each made anew whenever it is asked for; `meta` has them on the meta device.
 
+    `change` is given each tensor's name and value, and returns what to take in its place, of the same shape and type.
+
     Raises:
         CheckpointError: a tensor of theirs that should follow from the configuration does not.
     """
 
-    def __init__(self, stored: Stored, rows: Sequence[Row]) -> None:
-        self._stored = stored
+    def __init__(
+        self, stored: Stored, rows: Sequence[Row], change: Callable[[str, Tensor], Tensor] = lambda name, x: x
+    ) -> None:
+        self._stored, self._change = stored, change
         self._rows = {name: row for row in rows for name in row.ours}
         self.meta = {name: x.to("meta") for row in rows for name, x in row.to_ours(stored.meta).items()}
         for row in rows:
@@ -140,7 +143,7 @@ class AsOurs(Mapping[str, Tensor]):
                 row.to_ours(stored)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._rows[name].to_ours(self._stored)[name]
+        return self._change(name, self._rows[name].to_ours(self._stored)[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -327,7 +330,7 @@ def _write_weights(
         for name in names:
             shard[name] = shard[name].clone() if shard[name].data_ptr() in seen else shard[name]
             seen.add(shard[name].data_ptr())
-        save_file({name: shard[name] for name in names}, folder / file, metadata=plan.metadata)
+        write_tensors({name: shard[name] for name in names}, folder / file, metadata=plan.metadata)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / f"{plan.name}.safetensors.index.json", index)

@@ -654,7 +654,7 @@ class GivenNorm(nn.Module):
     def __init__(self, channels: int, spec: Groups) -> None:
         super().__init__()
         self.norm = GroupNorm(channels, spec)
-        self.scale, self.shift = nn.Conv3d(spec.given, channels, 1), nn.Conv3d(spec.given, channels, 1)
+        self.scale, self.shift = conv.Conv3d(spec.given, channels, 1), conv.Conv3d(spec.given, channels, 1)
 
     def forward(self, x: Video, state: State, given: Given) -> Video:
         assert given.latents is not None, "the autoencoder gives them"
@@ -734,7 +734,7 @@ class ResBlock(nn.Module):
         around = spec.projected if in_channels != channels else None
         self.norm3 = nn.Identity() if around is None else _build_norm(around, in_channels)
         self.shortcut = (
-            nn.Identity() if in_channels == channels else nn.Conv3d(in_channels, channels, 1, bias=spec.bias)
+            nn.Identity() if in_channels == channels else conv.Conv3d(in_channels, channels, 1, bias=spec.bias)
         )
         self.share = nn.Parameter(torch.zeros(1)) if spec.added == "share" else None
 

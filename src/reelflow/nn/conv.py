@@ -28,6 +28,7 @@ __all__ = [
     "Causal",
     "CausalConv3d",
     "CausalSequence",
+    "Conv3d",
     "Drop",
     "Fold",
     "FoldOrder",
@@ -80,6 +81,19 @@ def refuse_state(state: State, reason: str) -> None:
         raise ConfigError(f"{reason}, so no stream of chunks gives its result; pass the whole clip at once")
 
 
+class Conv3d(nn.Conv3d):
+    """`nn.Conv3d`; where its kernel is one frame long, over the frames as pictures, which CPUs do faster."""
+
+    def forward(self, input: Video) -> Output:
+        if self.kernel_size[0] > 1 or self.stride[0] > 1:
+            return super().forward(input)
+        frames = input.movedim(2, 1)
+        step, pad = self.stride[1:], self.padding[1:]
+        assert isinstance(pad, tuple)
+        out = F.conv2d(frames.flatten(0, 1), self.weight[:, :, 0], self.bias, step, pad)
+        return out.unflatten(0, frames.shape[:2]).movedim(1, 2)
+
+
 class CausalConv3d(nn.Module):
     """Convolution padded in time on the left only (with zeros or the first frame) and on both sides in space.
 
@@ -114,7 +128,7 @@ class CausalConv3d(nn.Module):
         own = around if space_padding == "zeros" else 0
         steps = (stride[0], stride[1], stride[1])
         kernels = (time, space, space)
-        self.conv = nn.Conv3d(in_channels, out_channels, kernels, stride=steps, padding=(0, own, own), bias=bias)
+        self.conv = Conv3d(in_channels, out_channels, kernels, stride=steps, padding=(0, own, own), bias=bias)
 
     def forward(self, x: Video, state: State) -> tuple[Output, State]:
         if self.time_padding in ("zeros_around", "ends"):

@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Float, UInt8
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from reelflow.conditioning.text import HashedWords
@@ -60,7 +60,7 @@ from reelflow.models.blocks import Attend, Branches, FeedForward, gate_values
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Posterior, Stage, VAEConfig, staged
-from reelflow.models.weights import load_weights
+from reelflow.models.weights import load_weights, write_tensors
 from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch, token_grid
 from reelflow.nn.patterns import Full, Gated, Pattern, Space, Time, Window
@@ -610,7 +610,7 @@ def _load(out: Path, size: int) -> Clips:
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial)
+    write_tensors({name: value.detach().contiguous() for name, value in tensors.items()}, partial)
     os.replace(partial, path)
 
 

@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reelflow.errors import CheckpointError
-from reelflow.models.weights import load_weights, read_tensors
+from reelflow.models.weights import load_weights, read_tensors, write_tensors
 from reelflow.training.ema import Ema
 
 __all__ = ["Latest", "latest", "prune", "read_state", "restore", "save"]
@@ -242,7 +241,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         storage = value.untyped_storage().data_ptr()
         plain[name] = value.clone() if storage in seen else value  # safetensors refuses tensors that share memory
         seen.add(storage)
-    save_file(plain, path)
+    write_tensors(plain, path)
     _sync(path)
 
 
