@@ -48,38 +48,38 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One family at the size of this benchmark; `call` and `condition` are given latents and padded text features."""
+    """One family at the size of this benchmark; `call` is given latents, a timestep and padded text features."""
 
     family: Family
     reference: type[nn.Module]
     arguments: dict[str, Any]
     prompt: int  # tokens, padded
     masked: bool  # padding is hidden
-    call: Callable[..., Tensor]  # of the reference
+    call: Callable[..., Tensor]  # of the reference, told 1000 (1 - t)
     sign: int = -1  # of its prediction against ours
     channels: int = 16
     patch: int = 2
     token_rate: float | None = None
 
 
-def hunyuan(model: nn.Module, x: Tensor, text: Tensor, mask: Tensor, vector: Tensor) -> Tensor:
+def hunyuan(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, vector: Tensor) -> Tensor:
     guidance = torch.tensor([1000 * GUIDANCE])
-    return model(x, torch.tensor([1000 * (1 - T)]), text, mask, vector, guidance, return_dict=False)[0]
+    return model(x, t, text, mask, vector, guidance, return_dict=False)[0]
 
 
-def wan(model: nn.Module, x: Tensor, text: Tensor, *_: Tensor) -> Tensor:
-    return model(x, torch.tensor([1000 * (1 - T)]), text, return_dict=False)[0]
+def wan(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, *_: Tensor) -> Tensor:
+    return model(x, t, text, return_dict=False)[0]
 
 
-def mochi(model: nn.Module, x: Tensor, text: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
-    return model(x, text, torch.tensor([1000 * T]), mask, return_dict=False)[0]
+def mochi(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
+    return model(x, text, 1000 - t, mask, return_dict=False)[0]
 
 
-def ltx(model: nn.Module, x: Tensor, text: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
+def ltx(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, *_: Tensor) -> Tensor:
     out = model(
         x.flatten(2).mT,
         text,
-        torch.tensor([1000 * (1 - T)]),
+        t,
         encoder_attention_mask=mask,
         num_frames=GRID[0],
         height=GRID[1],
@@ -93,8 +93,7 @@ def ltx(model: nn.Module, x: Tensor, text: Tensor, mask: Tensor, *_: Tensor) -> 
 ROTARY = get_3d_rotary_pos_embed(HEAD_DIM, ((0, 0), GRID[1:]), grid_size=GRID[1:], temporal_size=GRID[0])
 
 
-def cogvideox(model: nn.Module, x: Tensor, text: Tensor, *_: Tensor) -> Tensor:
-    t = torch.tensor([1000 * (1 - T)])
+def cogvideox(model: nn.Module, x: Tensor, t: Tensor, text: Tensor, *_: Tensor) -> Tensor:
     return model(x.transpose(1, 2), text, t, image_rotary_emb=ROTARY, return_dict=False)[0].transpose(1, 2)
 
 
@@ -192,7 +191,7 @@ def sides(case: Case) -> Sides:
         model,
         reference,
         lambda: model(latents, t, condition.trimmed(), token_rate=case.token_rate),
-        lambda: case.sign * case.call(reference, latents, text, mask, vector),
+        lambda: case.sign * case.call(reference, latents, 1000 * (1 - t), text, mask, vector),
     )
 
 

@@ -17,7 +17,7 @@ ONCE = lru_cache(dit_cost)  # building twenty networks without weights takes a s
 def peak(monkeypatch):
     """This machine does 1 TFLOP/s, and counts a network once."""
     monkeypatch.setattr("reelflow.training.meters.measure_peak_flops", lambda dtype, device: 1e12)
-    for module in ("reelflow.planning.cost", "reelflow.recipes.recipe"):
+    for module in ("reelflow.planning.cost", "reelflow.training.flow"):
         monkeypatch.setattr(f"{module}.dit_cost", ONCE)
 
 

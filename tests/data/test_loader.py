@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reelflow.data.loader import ShuffledBatches
+from reelflow.data.loader import Buckets, Packed, Plan, ShuffledBatches, Size
 from reelflow.errors import ConfigError, DataError
 
 
@@ -120,3 +120,59 @@ def test_impossible_values_are_refused(wrong):
     values = {"num_items": 4, "batch_size": 2, "seed": 0, "prefetch": 0} | wrong
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ShuffledBatches(collate=draw, **values)
+
+
+# --- items of several sizes ------------------------------------------------------------------------------------------
+
+
+def sizes_of(frames):
+    """Clips of 1 to 8 frames of 10 tokens each, whose attention makes long ones dearer."""
+    return [Size((n, 2, 5), 10 * n, 10.0 * n + n**2) for n in frames]
+
+
+@settings(max_examples=20, deadline=None)
+@given(frames=st.lists(st.integers(1, 8), min_size=1, max_size=40), tokens=st.integers(80, 200), packed=st.booleans())
+def test_a_plan_has_every_item_once_and_no_batch_too_large(frames, tokens, packed):
+    sizes = sizes_of(frames)
+    plan = Plan((Packed if packed else Buckets)(tokens), sizes)
+    batches = ShuffledBatches(len(frames), plan, draw, seed=1, prefetch=0)
+    for _ in range(2):
+        epoch = [next(batches)[0].tolist() for _ in range(plan.num_batches)]
+        assert sorted(item for batch in epoch for item in batch) == list(range(len(frames)))
+        assert all(0 < sum(sizes[item].tokens for item in batch) <= tokens for batch in epoch)
+        assert packed or all(len({sizes[item].shape for item in batch}) == 1 for batch in epoch)
+
+
+def test_packed_batches_are_alike_in_flops_not_in_number():
+    frames = torch.randint(1, 9, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = sizes_of(frames)
+    batches = Plan(Packed(400), sizes).epoch(torch.Generator().manual_seed(0))
+    loads = [sum(sizes[item].flops for item in batch.tolist()) for batch in batches]
+    assert max(loads) < 1.05 * sum(loads) / len(loads)
+    assert len({len(batch) for batch in batches}) > 1
+
+
+def test_epochs_of_a_plan_exchange_items_of_one_size():
+    sizes = sizes_of([2, 2, 2, 2, 7, 7, 7, 7])
+    plan, generator = Plan(Packed(100), sizes), torch.Generator().manual_seed(0)
+    epochs = {tuple(tuple(batch.tolist()) for batch in plan.epoch(generator)) for _ in range(5)}
+    assert len(epochs) > 1
+
+
+def test_a_planned_position_means_nothing_under_another_plan():
+    sizes = sizes_of([1, 2, 3, 4])
+    state = ShuffledBatches(4, Plan(Packed(50), sizes), draw, seed=0).state_dict()
+    with pytest.raises(DataError, match="batch_size was"):
+        ShuffledBatches(4, Plan(Packed(60), sizes), draw, seed=0).load_state_dict(state)
+
+
+@pytest.mark.parametrize("grouping", [Packed, Buckets])
+def test_a_plan_refuses_items_larger_than_a_batch_and_none(grouping):
+    with pytest.raises(ConfigError, match="nearest: tokens=80"):
+        Plan(grouping(79), sizes_of([8, 1]))
+    with pytest.raises(ConfigError, match="no items"):
+        Plan(grouping(79), [])
+    with pytest.raises(ConfigError, match="at least 1 token"):
+        grouping(0)
+    with pytest.raises(ConfigError, match="the plan is of 1 items, and there are 2"):
+        ShuffledBatches(2, Plan(grouping(10), sizes_of([1])), draw, seed=0)

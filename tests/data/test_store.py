@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from reelflow.data import store as store_module
 from reelflow.data.folder import ClipSpec
-from reelflow.data.store import Store, build_clip_store, write_store
+from reelflow.data.store import Store, Stores, build_clip_store, write_store
 from reelflow.data.video import read_clip, write_video
 from reelflow.errors import DataError, MediaError
 
@@ -368,3 +368,43 @@ def test_names_and_captions_in_any_script_survive(tmp_path):
     (tmp_path / "видео" / "凧 é.txt").write_text("赤い凧 🪁", encoding="utf-8")
     build_clip_store(tmp_path / "видео", SPEC, tmp_path / "кадры")
     assert Store.open(tmp_path / "кадры").meta(0) == {"caption": "赤い凧 🪁", "file": "凧 é.mp4", "start": 0.0}
+
+
+def test_stores_of_several_shapes_are_read_as_one(tmp_path):
+    written = [numbers(count, shape, seed=count) for count, shape in ((3, (2, 3)), (2, (1, 5)))]
+    for place, samples in enumerate(written):
+        write_store(tmp_path / str(place), samples, fingerprint=MADE_BY, meta=[{"of": place}] * len(samples))
+    stores = Stores([Store.open(tmp_path / str(place)) for place in range(2)])
+    assert len(stores) == 5
+    for row, sample in enumerate([*written[0], *written[1]]):
+        assert torch.equal(stores.batch("x", row), sample["x"][None])
+        assert stores.shape("x", row) == tuple(sample["x"].shape)
+        assert stores.meta(row) == {"of": int(row > 2)}
+    for row in (-1, 5):
+        with pytest.raises(DataError, match=f"rows 0 to 4, not {row}"):
+            stores.batch("x", row)
+
+
+def test_stores_of_different_keys_are_not_read_as_one(tmp_path):
+    write_store(tmp_path / "a", [{"x": torch.zeros(1)}], fingerprint=MADE_BY)
+    write_store(tmp_path / "b", [{"y": torch.zeros(1)}], fingerprint=MADE_BY)
+    with pytest.raises(DataError, match="the same keys"):
+        Stores([Store.open(tmp_path / "a"), Store.open(tmp_path / "b")])
+    with pytest.raises(DataError, match="no stores"):
+        Stores([])
+
+
+def test_a_video_is_for_the_clips_of_its_own_proportions(tmp_path):
+    tall, wide = ClipSpec(4, 32, 16, 8.0), ClipSpec(4, 16, 32, 8.0)
+    (tmp_path / "videos").mkdir()
+    for name, (rows, columns) in {"tall": (48, 24), "wide": (16, 40), "wider": (16, 64)}.items():
+        write_video(tmp_path / "videos" / f"{name}.mp4", torch.zeros(4, rows, columns, 3, dtype=torch.uint8), fps=8.0)
+    found = {}
+    for spec in (tall, wide):
+        out = tmp_path / f"{spec.width}"
+        build_clip_store(tmp_path / "videos", spec, out, among=(tall, wide))
+        store = Store.open(out)
+        found[spec] = [store.meta(row)["file"] for row in range(len(store))]
+    assert found == {tall: ["tall.mp4"], wide: ["wide.mp4", "wider.mp4"]}
+    with pytest.raises(DataError, match="made from something else"):
+        build_clip_store(tmp_path / "videos", tall, tmp_path / "16")

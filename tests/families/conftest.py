@@ -10,10 +10,15 @@ import diffusers
 import pipelines
 import pytest
 import torch
+from hypothesis import settings
 from parity import BOUND32, BOUND64, MEASURED, Errors
 
 from reelflow.families.autoencoders import AUTOENCODERS
 from reelflow.families.published import FAMILIES
+
+# The suite draws the same configurations each time; `make parity` draws others.
+settings.register_profile("same draws", derandomize="REELFLOW_EXAMPLES" not in os.environ)
+settings.load_profile("same draws")
 
 HEAD = """\
 # Parity: published networks and systems against their reference

@@ -7,8 +7,9 @@ import torch
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single
 from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.weighing import Weighing
 from reelflow.nn.patterns import Space, Time
-from reelflow.planning.memory import Weighing, _peaks, dit_memory, example, repeats
+from reelflow.planning.memory import _peaks, dit_memory, example, repeats
 
 PAIR = (
     Branches((Attend(Space()), Cross(), FeedForward())),
@@ -41,18 +42,6 @@ def test_shapes_without_data_weigh_what_tensors_weigh():
     with torch.no_grad(), Weighing() as weighing:
         model(*inputs)
     assert dit_memory(config, SHAPE, 7, dtype=torch.float32).inference == weighing.peak
-
-
-def test_what_is_dropped_is_given_back_and_views_weigh_nothing():
-    with Weighing() as weighing:
-        a = torch.ones(1000)
-        b = a.view(10, 100)[2:]
-        assert (weighing.alive, weighing.peak) == (4000, 4000)
-        c = b + 1
-        del c
-        assert (weighing.alive, weighing.peak) == (4000, 7200)
-        a.add_(1)
-        assert weighing.peak == 7200
 
 
 def test_weights_and_caches_follow_from_the_configuration():

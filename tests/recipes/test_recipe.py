@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from reelflow.config import from_dict, set_values
+from reelflow.config import from_dict, set_values, to_dict
 from reelflow.data.folder import ClipSpec
+from reelflow.data.store import Store
 from reelflow.data.worlds import World
 from reelflow.diffusion.process import Parameterization, VariancePreserving
 from reelflow.errors import ConfigError, DataError
@@ -172,3 +173,36 @@ def test_an_impossible_long_clip_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ConfigError, match="nearest: 61 or 65"):
         demo(tmp_path / "out", console=QUIET, recipe=tiny(), long_frames=64)
     assert not (tmp_path / "out").exists()
+
+
+SHAPES = 'also=[{"num_frames": 1, "height": 32, "width": 32, "fps": 8.0}, {"num_frames": 5, "height": 48, "width": 48, "fps": 8.0}]'
+
+
+@pytest.mark.parametrize("kind", ["packed", "buckets"])
+def test_a_transformer_learns_clips_of_several_shapes(finished, tmp_path, kind):
+    """Images, short clips and whole ones of the same videos, each in the shape that was asked for."""
+    recipe = set_values(tiny(), [SHAPES, f'dit.batches={{"kind": "{kind}", "tokens": 64}}', "dit.training.steps=8"])
+    for name in ("videos", "videos_unseen", "vae"):
+        shutil.copytree(finished[0] / "run" / name, tmp_path / "run" / name)
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(to_dict(recipe)))
+    assert run(recipe, tmp_path / "run", console=QUIET).model is not None
+    found = {name: Store.open(tmp_path / "run" / name) for name in ("latents", "latents_1", "latents_2")}
+    assert {name: (len(store), store.shape("mean")[1:]) for name, store in found.items()} == {
+        "latents": (6, (3, 4, 4)),
+        "latents_1": (54, (1, 4, 4)),
+        "latents_2": (6, (2, 6, 6)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        ([SHAPES], "clips of 3 shapes need dit.batches; nearest: .*tokens: 3"),
+        ([SHAPES, 'dit.batches={"kind": "packed", "tokens": 20}'], "cannot hold a clip of 3.*nearest: dit.batches"),
+        ([SHAPES.replace("8.0}]", "4.0}]"), 'dit.batches={"kind": "packed", "tokens": 90}'], "frame rate of clip, 8"),
+        (['dit.flow.tells=["aspect"]'], "told when it samples"),
+    ],
+)
+def test_shapes_that_cannot_be_trained_together_are_refused(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        set_values(tiny(), assignments)

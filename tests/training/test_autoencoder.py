@@ -1,12 +1,30 @@
+import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 
+from reelflow.data.loader import ShuffledBatches
 from reelflow.errors import ConfigError
 from reelflow.models.vae import CausalVAE, Posterior, Stage, staged
-from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
+from reelflow.training.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderTask,
+    Crops,
+    draw_crops,
+    frame_latents,
+    haar_bands,
+    outlier_penalty,
+    to_float,
+    weight_of_mean,
+)
+from reelflow.training.discriminator import Adversarial
+from reelflow.training.loop import TrainingConfig, train
+from reelflow.training.optim import OptimizerConfig
 
 VAE = staged(2, (Stage(8, 0, space=2, time=2),), (Stage(8, 0, space=2, time=2),))
 CONFIG = AutoencoderConfig(crop_frames=3, crop_size=4)
@@ -176,3 +194,198 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(changes, messa
 def test_impossible_values_are_refused(changes):
     with pytest.raises(ConfigError, match=r"must be at least 1|share between 0 and 1, got 1\.1"):
         replace(CONFIG, **changes)
+
+
+# Terms of published recipes
+
+
+def test_wavelet_bands_keep_the_norm_and_a_flat_clip_has_means_only():
+    clip = torch.randn(2, 3, 4, 6, 8, generator=seeded())
+    bands = haar_bands(clip)
+    assert bands.shape == (2, 3, 8, 2, 3, 4)
+    torch.testing.assert_close(bands.square().sum(), clip.square().sum())
+    flat = haar_bands(torch.full((1, 3, 4, 4, 4), 0.5))
+    torch.testing.assert_close(flat[:, :, 0], torch.full((1, 3, 2, 2, 2), 0.5 * 8**0.5))
+    assert not flat[:, :, 1:].any()
+
+
+@pytest.mark.parametrize(("axis", "band"), [(2, 4), (3, 2), (4, 1)])
+def test_a_change_along_one_axis_lies_in_one_band(axis, band):
+    clip = torch.tensor([1.0, -1.0]).view([2 if i == axis else 1 for i in range(5)]).expand(1, 3, 2, 2, 2)
+    assert haar_bands(clip).abs().amax((0, 1, 3, 4, 5)).nonzero().flatten().tolist() == [band]
+
+
+def test_an_image_and_an_odd_clip_begin_with_a_still_cell():
+    clip = torch.randn(1, 3, 3, 4, 4, generator=seeded())
+    assert haar_bands(clip)[:, :, 4:, 0].abs().max() < 1e-6
+    assert torch.equal(haar_bands(clip[:, :, :1]), haar_bands(clip)[:, :, :, :1])
+
+
+def test_only_what_lies_beyond_r_deviations_is_an_outlier():
+    latents = torch.zeros(1, 2, 1, 10, 10)
+    latents[0, :, 0, 3, 4] = torch.tensor([3.0, 4.0])
+    mean, far = 0.05, 5 * 0.99
+    deviation = (mean * far) ** 0.5  # of the norm: p (1 - p) 5^2
+    expected = (far - 3 * deviation) / 100
+    assert outlier_penalty(latents).item() == pytest.approx(expected, rel=1e-5)
+    assert outlier_penalty(torch.randn(1, 2, 3, 8, 8, generator=seeded()).clamp(-1, 1)) == 0
+
+
+def test_a_learned_log_variance_rests_where_it_is_the_log_of_the_distance():
+    config = replace(CONFIG, log_variance=0.3, kl=0.02)
+    own, batch = task(config=config), to_float(coordinates(2))[:, :, :3, :4, :4]
+    loss = own.loss(batch, seeded())
+    plain = task(own.vae, replace(CONFIG, kl=0.0)).loss(batch, seeded()).value
+    torch.testing.assert_close(loss.value, plain * 2.718281828**-0.3 + 0.3 + 0.02 * loss.parts["kl"])
+    s = dict(own.model.named_parameters())["log_variance"]
+    with torch.no_grad():
+        s.copy_(plain.log())
+    own.loss(batch, seeded()).value.backward()
+    assert abs(s.grad.item()) < 1e-6
+
+
+def test_wavelet_outlier_and_identity_terms_are_added_by_their_weights():
+    vae, batch = autoencoder(), to_float(coordinates(2))[:, :, :3, :4, :4]
+    weights = {"wavelet": 0.3, "outlier": 2.0, "identity": 0.7}
+    base = task(vae).loss(batch, seeded())
+    loss = task(vae, replace(CONFIG, **weights), reference=lambda clip: torch.ones(2, 2, 2, 2, 2)).loss(batch, seeded())
+    torch.testing.assert_close(loss.value, base.value + sum(w * loss.parts[name] for name, w in weights.items()))
+    torch.testing.assert_close(loss.parts["identity"], (vae.encode(batch).mean - 1).abs().mean())
+
+
+def test_the_reference_of_a_clip_is_the_latents_of_its_frames_as_images():
+    vae, clip = autoencoder(), to_float(coordinates(2))[:, :, :5, :4, :4]
+    latents = frame_latents(vae, 2)(clip)
+    for index, frame in enumerate((0, 2, 4)):
+        torch.testing.assert_close(latents[:, :, index], vae.encode(clip[:, :, frame : frame + 1]).mean[:, :, 0])
+    assert not latents.requires_grad
+
+
+def test_a_weight_of_sums_and_its_weight_of_means_pull_the_same_way():
+    pixels, latents = torch.rand(3 * 4 * 8 * 8), torch.rand(2 * 2 * 4 * 4)  # the values of one clip but frame 0
+    means = pixels.mean() + weight_of_mean(1e-3, VAE) * latents.mean()
+    torch.testing.assert_close(means * len(pixels), pixels.sum() + 1e-3 * latents.sum())
+
+
+# What learns, and on what
+
+
+def trained(folder: Path, config: AutoencoderConfig, *, stop: int | None = None, **changes) -> AutoencoderTask:
+    """Six steps on clips of noise; with `stop`, the process dies after so many."""
+    own = task(config=config, validation=coordinates(2)[:, :5])
+    clips = torch.randint(256, (5, 3, 8, 8, 3), generator=seeded(), dtype=torch.uint8)
+    optimizer = OptimizerConfig(lr=1e-2, muon_lr=0.02, warmup_steps=0, decay="constant")
+    training = TrainingConfig(
+        steps=6, batch_size=2, optimizer=optimizer, seed=0, ema_decay=0.9, log_every=1, checkpoint_every=2, **changes
+    )
+
+    def die(step: int) -> None:
+        if step == stop:
+            raise SystemError
+
+    with ShuffledBatches(
+        5, 2, lambda rows, g: draw_crops(clips[rows], config, g, progress=batches.consumed / 6), seed=1, prefetch=0
+    ) as batches:
+        train(own, batches, training, folder, hidden=own.hidden, on_step=die, console=Console(quiet=True))
+    return own
+
+
+def test_training_the_decoder_alone_leaves_latents_as_they_were_to_the_last_bit(tmp_path):
+    before, clip = autoencoder(), to_float(coordinates(2))[:, :, :3, :4, :4]
+    after = trained(tmp_path, replace(CONFIG, learned="decoder")).vae
+    average = load_file(tmp_path / "step-00000006" / "ema.safetensors")
+    averaged = deepcopy(before)
+    averaged.load_state_dict(average)
+    for model in (after, averaged):
+        for one, two in zip(before.encode(clip), model.encode(clip), strict=True):
+            assert torch.equal(one, two)
+        latents = before.encode(clip).mean
+        assert not torch.equal(before.decode(latents), model.decode(latents))
+
+
+GAN = replace(CONFIG, log_variance=0.0, adversarial=Adversarial(start=2, channels=8, layers=2))
+
+
+def test_an_adversarial_run_killed_and_resumed_ends_bit_identical(tmp_path):
+    trained(tmp_path / "whole", GAN, validate_every=3)
+    with pytest.raises(SystemError):
+        trained(tmp_path / "killed", GAN, stop=5, validate_every=3)  # one step past a checkpoint
+    trained(tmp_path / "killed", GAN, validate_every=3)
+    for name in ("weights", "ema", "optimizer", "rng"):
+        one, two = (load_file(tmp_path / run / "step-00000006" / f"{name}.safetensors") for run in ("whole", "killed"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    begun = [line["step"] for line in lines if "hinge" in line]
+    assert begun == [3, 4, 5, 6]
+    assert {"real_accuracy", "fake_accuracy", "adaptive_weight", "adversarial"} <= lines[-2].keys()
+    assert isinstance(lines[-1]["health"], list)
+
+
+def test_both_sides_learn_each_from_its_own_loss():
+    own, batch = task(config=replace(GAN, log_variance=None)), to_float(coordinates(2))[:, :, :3, :4, :4]
+    for _ in range(3):
+        loss = own.loss(batch, seeded())
+    c, parts = own.config, loss.parts
+    vae, discriminator = (list(part.parameters()) for part in (own.vae, own.model.discriminator))
+
+    def gradients(value: torch.Tensor, weights: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        return torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+
+    fooled = 0.05 * parts["adaptive_weight"] * parts["adversarial"]
+    alone = c.l1 * parts["l1"] + c.l2 * parts["l2"] + c.temporal * parts["temporal"] + c.kl * parts["kl"]
+    torch.testing.assert_close(gradients(loss.value, vae), gradients(alone + fooled, vae))
+    torch.testing.assert_close(gradients(loss.value, discriminator), gradients(parts["hinge"], discriminator))
+    assert set(gradients(fooled, discriminator)) == set(gradients(parts["hinge"], vae)) == {None}
+
+
+SCHEDULE = (Crops(0.5, frames=(1, 3), sizes=(4,)), Crops(1.0, frames=(5,), sizes=(6, 8)))
+
+
+def test_the_schedule_says_which_lengths_and_sizes_are_drawn_and_when():
+    config = replace(CONFIG, schedule=SCHEDULE, image_fraction=0.0)
+
+    def drawn(progress: float) -> set[tuple[int, int]]:
+        shapes = (draw_crops(coordinates(1), config, seeded(s), progress=progress).shape for s in range(20))
+        return {(shape[2], shape[3]) for shape in shapes}
+
+    assert drawn(0.0) == drawn(0.49) == {(1, 4), (3, 4)}
+    assert drawn(0.5) == drawn(0.99) == {(5, 6), (5, 8)}
+    assert config.crops == ((1, 4), (3, 4), (5, 6), (5, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": SCHEDULE[:1]}, r"rising shares of the run, the last 1; got \[0\.5\]"),
+        ({"schedule": SCHEDULE[::-1]}, "rising shares"),
+        ({"wavelet": 0.1, "schedule": (Crops(1.0, (1,), (4, 5)),)}, "wavelets need crops of an even size"),
+    ],
+)
+def test_an_impossible_schedule_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": (Crops(1.0, (3, 4), (4,)),)}, r"num_frames must be 1 \+ 2 k, got 4"),
+        ({"schedule": (Crops(1.0, (3,), (4, 12)),)}, "crops of 3 x 12 x 12 do not fit"),
+        ({"identity": 0.1}, "pass reference="),
+        ({"identity": 0.1, "learned": "decoder"}, "pass reference="),
+    ],
+)
+def test_terms_and_schedules_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        task(config=replace(CONFIG, **changes))
+
+
+def test_validation_adds_what_is_measured_and_names_what_fails(caplog):
+    silent = task(Echo(VAE), measure=lambda rebuilt, clips: {"flicker_ratio": 2.0}).validate(seeded())
+    assert silent["flicker_ratio"] == 2.0
+    assert silent["channels_used"] == 0
+    named = " ".join(silent["health"])
+    assert "rebuilt clips flicker (flicker_ratio 2)" in named
+    assert "channels are silent" in named
+    assert [record.message for record in caplog.records] == silent["health"]

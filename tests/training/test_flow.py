@@ -21,6 +21,7 @@ from reelflow.models.blocks import Attend, Branches, FeedForward, Single, gate_v
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import Posterior
+from reelflow.nn.embed import Number
 from reelflow.nn.patchify import Patch
 from reelflow.nn.patterns import Gated
 from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
@@ -158,7 +159,7 @@ def test_the_default_is_the_plain_flow_bit_for_bit():
         t[:, :given] = 1
         noise = torch.randn(data.shape, generator=generator, dtype=data.dtype)
         x = torch.lerp(noise, data, t[:, None, :, None, None].double())
-        answer = model(x, t if given else t[:, :1], Condition(vector=OWN * keep[:, None])).float()
+        answer = model(x, t if given else t[:, :1], Condition(vector=OWN * keep[:, None]))
         return (answer - (data - noise)).square()[:, :, given:].mean(dim=(1, 2, 3, 4)).mean()
 
     torch.manual_seed(0)
@@ -385,3 +386,67 @@ def test_a_patch_of_several_frames_has_no_frame_alone(changes):
 def test_impossible_values_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         FlowConfig(**changes)
+
+
+# --- clips of several shapes in one row ------------------------------------------------------------------------------
+
+
+def clips_of_any_shape() -> list[LatentBatch]:
+    generator, batches = seeded(7), []
+    for shape in ((4, 4, 2), (1, 2, 6), (2, 6, 4), (1, 2, 2)):
+        data = torch.randn(1, C, *shape, generator=generator, dtype=torch.float64)
+        vector = torch.randn(1, 3, generator=generator, dtype=torch.float64)
+        batches.append(LatentBatch(Posterior(data, torch.full_like(data, -4.0)), Condition(vector=vector)))
+    return batches
+
+
+def random_network(**changes) -> VideoDiT:
+    torch.manual_seed(0)
+    model = VideoDiT(replace(DIT, **changes)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"given_fraction": 0.5, "image_fraction": 0.2, "shift": SquareRootShift(4)},
+        {"tells": ("aspect", "frames")},
+        {"parameterization": Parameterization(VariancePreserving(), "noise", learned_variance=True)},
+    ],
+    ids=["given", "told", "variance"],
+)
+def test_the_loss_of_a_row_is_the_mean_of_its_clips_losses_with_the_same_draws(changes):
+    space = changes.get("parameterization")
+    model = random_network(
+        numbers=len(changes.get("tells", ())) * (Number(channels=4, scale=1.0),),
+        out_channels=2 * C if space is not None else 0,
+    )
+    flow = FlowTask(model, FlowConfig(**changes), null=NULL, validation=clips_of_any_shape())
+    for seed in range(4):
+        packed, one, clips = seeded(seed), seeded(seed), clips_of_any_shape()
+        row = flow.loss(clips, packed)
+        alone = [flow.loss(clip, one) for clip in clips]
+        mean = sum(loss.value for loss in alone) / len(alone)
+        assert row.value.item() == pytest.approx(mean.item(), rel=1e-10)
+        assert (row.num_tokens, row.num_samples) == (sum(loss.num_tokens for loss in alone), 4)
+        parameters = list(model.parameters())
+        pairs = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (row.value, mean))
+        for ours, theirs in zip(*pairs, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        assert torch.equal(packed.get_state(), one.get_state())
+
+
+def test_a_row_is_validated_clip_by_clip():
+    flow = FlowTask(random_network(), FlowConfig(), null=NULL, validation=clips_of_any_shape())
+    found = flow.validate(seeded())
+    assert found["loss"] > 0
+    assert sum(row["count"] for row in found["bins"]) == 4 * len(found["bins"])
+
+
+def test_a_network_without_numbers_cannot_be_told_of_shapes():
+    with pytest.raises(ConfigError, match="a network of 0 numbers cannot be told aspect, frames; nearest: 2"):
+        FlowTask(VideoDiT(DIT), FlowConfig(tells=("aspect", "frames")), null=NULL, validation=BATCH)

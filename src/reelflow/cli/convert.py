@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from reelflow.cli.generate import adapter_use
 from reelflow.cli.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ def convert(
             metavar="NAME", help="Which published network it is, where weights do not tell (reelflow families)."
         ),
     ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NETWORK=]FILE[:STRENGTH]", help="An adapter to add to the weights; may be repeated."),
+    ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast to it [default: as stored].")
     ] = None,
@@ -31,6 +36,7 @@ def convert(
     """Write a transformer's weights in another layout. Memory holds one file of the result; nothing is unpickled."""
     import torch
 
+    from reelflow.families.adapters import load_adapter
     from reelflow.families.published import convert_transformer, export_transformer, find_transformer
     from reelflow.interop.checkpoints import AsOurs, check_empty
 
@@ -38,13 +44,21 @@ def convert(
     check_empty(out)
     found = find_transformer(source, size=size)
     export = export_transformer(found.config, to, found.family)
-    found.empty()
+    model, uses = found.empty(), [adapter_use(text) for text in merge or ()]
+    adapters = [(load_adapter(use.file, model, network=use.network), use.strength) for use in uses]
     total = export.bytes_of(AsOurs(found.stored, found.rows).meta, cast)
     print(f"{source}: {_described(found.config)}, layout {found.layout}")
     print(f"{out}: layout {to}, {dtype or 'types as stored'}, {total / 1e9:.3g} GB")
+    for use in uses:
+        print(f"with {use.file} in strength {use.strength:g}")
     with progress_bar("weights", "MB") as show:
         convert_transformer(
-            found, export, out, dtype=cast, progress=lambda done, whole: show(done // 10**6, whole // 10**6)
+            found,
+            export,
+            out,
+            dtype=cast,
+            adapters=adapters,
+            progress=lambda done, whole: show(done // 10**6, whole // 10**6),
         )
     print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))}")
 

@@ -17,10 +17,11 @@ from reelflow.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from reelflow.families.adapters import AdapterUse
     from reelflow.generation.pipeline import Progress
     from reelflow.generation.provenance import Asking, Provenance
 
-__all__ = ["SamplerKind", "generate"]
+__all__ = ["SamplerKind", "adapter_use", "generate"]
 
 SamplerKind = Literal[
     "euler",
@@ -63,6 +64,10 @@ def generate(
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Change the sampling, as in guidance.rescale=0.7."),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NETWORK=]FILE[:STRENGTH]", help="LoRA or DoRA; may be repeated, and then they add."),
+    ] = None,
     again: Annotated[Path | None, typer.Option("--from", help="Make the clip of this JSON again, bit for bit.")] = None,
     preview: Annotated[
         Path | None, typer.Option(help="A .png of the clip as known so far, renewed as it grows.")
@@ -74,8 +79,12 @@ def generate(
     changes: dict[str, Any] = {"num_steps": steps, "guidance_scale": guidance, "shift": shift, "sampler": kind}
     changes |= {"negative_prompt": negative, "height": height, "width": width}
     changes = {name: value for name, value in changes.items() if value is not None}  # of the model's own sampling
-    if again is not None and (changes or assignments or any(value is not None for value in (prompt, frames, seed))):
-        raise ConfigError("--from makes the same clip again: leave out the prompt, --frames, --seed and the sampling")
+    if again is not None and (
+        changes or assignments or any(value is not None for value in (prompt, frames, seed, adapter))
+    ):
+        raise ConfigError(
+            "--from makes the same clip again: leave out the prompt, --frames, --seed, --adapter and the sampling"
+        )
     if again is None and prompt is None:
         raise ConfigError('give a prompt, such as "a red ring moving left", or --from FILE.json')
     if again is None and model is None:
@@ -93,7 +102,8 @@ def generate(
     if told is not None:
         model, image = model or Path(told.model), image or (Path(told.image) if told.image else None)
     assert model is not None
-    engine = Published(model) if (model / "model_index.json").is_file() else Trained(model)
+    uses = told.adapters if told is not None else tuple(adapter_use(text) for text in adapter or ())
+    engine = (Published if (model / "model_index.json").is_file() else Trained)(model, uses)
     sampling = engine.sampling(changes, assignments or []) if told is None else told.sampling
     num_frames = told.num_frames if told is not None else frames
     fps, size = engine.fps(sampling), engine.size(sampling)
@@ -106,6 +116,7 @@ def generate(
             sampling=sampling,
             model=model,
             image=image,
+            adapters=uses,
         )
     else:
         request = told.again(model=model, image=image)
@@ -133,11 +144,20 @@ def generate(
 class Trained:
     """A model of ours, as the command asks it; its weights are read when it streams."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapters: "Sequence[AdapterUse]" = ()) -> None:
         from reelflow.generation.pipeline import read_card
 
-        self.folder, self.card = folder, read_card(folder)
+        self.folder, self.adapters, self.card = folder, adapters, read_card(folder)
         self.num_frames = self.card.clip.num_frames
+        if adapters:
+            import torch
+
+            from reelflow.families.adapters import check_files
+            from reelflow.families.system import Expert
+            from reelflow.models.dit import VideoDiT
+
+            with torch.device("meta"):
+                check_files([Expert(VideoDiT(self.card.dit))], adapters)
 
     def sampling(self, changes: Mapping[str, Any], assignments: Sequence[str]) -> "Asking":
         from reelflow.config import from_dict, set_values, to_dict
@@ -170,10 +190,13 @@ class Trained:
 
     def stream(self, request: "Provenance", first_frame: "Tensor | None", progress: "Progress") -> "Iterator[Tensor]":
         from reelflow.generation.pipeline import Pipeline
+        from reelflow.generation.published import load
         from reelflow.generation.sampling import Sampling
 
         assert isinstance(request.sampling, Sampling)
-        return Pipeline.load(self.folder).stream(
+        pipeline = load(self.folder, adapters=self.adapters)
+        assert isinstance(pipeline, Pipeline)
+        return pipeline.stream(
             [request.prompt],
             num_frames=request.num_frames,
             image=first_frame,
@@ -186,11 +209,13 @@ class Trained:
 class Published:
     """A published system, as the command asks it; its weights are read when it streams."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapters: "Sequence[AdapterUse]" = ()) -> None:
+        from reelflow.families.adapters import check_files
         from reelflow.families.systems import sketch_system
         from reelflow.generation.published import PublishedPipeline
 
-        self.folder, self.sketch = folder, PublishedPipeline(sketch_system(folder))
+        self.folder, self.adapters, self.sketch = folder, adapters, PublishedPipeline(sketch_system(folder))
+        check_files(self.sketch.system.experts, adapters)
         self.num_frames = self.sketch.system.defaults.clip[0]
 
     def sampling(self, changes: Mapping[str, Any], assignments: Sequence[str]) -> "Asking":
@@ -224,12 +249,13 @@ class Published:
     def stream(self, request: "Provenance", first_frame: "Tensor | None", progress: "Progress") -> "Iterator[Tensor]":
         import torch
 
-        from reelflow.families.systems import load_system
-        from reelflow.generation.published import PublishedPipeline, PublishedSampling
+        from reelflow.generation.published import PublishedPipeline, PublishedSampling, load
 
         assert isinstance(request.sampling, PublishedSampling)
         dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[request.sampling.precision]
-        yield PublishedPipeline(load_system(self.folder, dtype=dtype)).generate(
+        pipeline = load(self.folder, dtype=dtype, adapters=self.adapters)
+        assert isinstance(pipeline, PublishedPipeline)
+        yield pipeline.generate(
             [request.prompt],
             num_frames=request.num_frames,
             image=first_frame,
@@ -315,6 +341,30 @@ def _checked(prompt: str, engine: Trained | Published) -> str:
     if hints := engine.check_prompt(prompt):
         warn(f"the model has never read these words and cannot follow them: {', '.join(hints)}")
     return prompt
+
+
+def adapter_use(text: str) -> "AdapterUse":
+    """Return what [NETWORK=]FILE[:STRENGTH] says; a name with a colon that exists is a file.
+
+    Raises:
+        ConfigError: it says no file, or a network that no system has.
+    """
+    from reelflow.families.adapters import AdapterUse
+
+    head, equals, tail = text.partition("=")
+    network, text = (head, tail) if equals and not Path(text).exists() else (None, text)
+    file, strength = text, 1.0
+    if not Path(text).exists() and ":" in text:
+        file, _, number = text.rpartition(":")
+        try:
+            strength = float(number)
+        except ValueError as error:
+            raise ConfigError(f"the strength of an adapter is a number, as in {file}:0.8; got {number!r}") from error
+    if not file:
+        raise ConfigError(
+            "an adapter is said as FILE, FILE:0.8, or transformer_2=FILE:0.8 where there are two networks"
+        )
+    return AdapterUse(file, strength, network)
 
 
 def _refuse(changes: Mapping[str, Any], sampling: type, reason: str) -> None:

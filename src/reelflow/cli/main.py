@@ -24,6 +24,7 @@ from reelflow.cli.plan import plan
 from reelflow.cli.plot import plot
 from reelflow.cli.terminal import INTERRUPTED
 from reelflow.cli.train import train
+from reelflow.cli.vae import vae
 from reelflow.errors import ReelflowError
 
 __all__ = ["app", "main", "run"]
@@ -33,6 +34,7 @@ for command in (generate, train, encode, evaluate, plan, compare, families, conv
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(plot, name="plot")
+app.add_typer(vae, name="vae")
 
 
 @app.command()

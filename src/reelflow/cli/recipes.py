@@ -14,6 +14,7 @@ __all__ = ["find_recipe", "known_recipes"]
 def known_recipes() -> dict[str, Callable[[], "Recipe"]]:
     """Return every recipe by the name of its function, with hyphens."""
     from reelflow.recipes import vdit
+    from reelflow.recipes.fine import fine_world, real_clips
     from reelflow.recipes.folder import folder
     from reelflow.recipes.world import world
 
@@ -21,7 +22,7 @@ def known_recipes() -> dict[str, Callable[[], "Recipe"]]:
         *(vdit.vdit_world, vdit.vdit_pixels_world),
         *(vdit.vdit_text_world, vdit.vdit_gated_world, vdit.vdit_mm_world),
     )
-    return {recipe.__name__.replace("_", "-"): recipe for recipe in (world, folder, *founding)}
+    return {recipe.__name__.replace("_", "-"): recipe for recipe in (world, folder, fine_world, real_clips, *founding)}
 
 
 def find_recipe(name: str, assignments: Sequence[str]) -> "Recipe":

@@ -9,7 +9,7 @@ import io
 import json
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -23,7 +23,16 @@ from reelflow.config import configuration
 from reelflow.data.video import VideoInfo, probe, read_clip
 from reelflow.errors import ConfigError, DataError, MediaError
 
-__all__ = ["Caption", "ClipSpec", "FileReport", "inspect_folder", "list_videos", "read_captions", "read_windows"]
+__all__ = [
+    "Caption",
+    "ClipSpec",
+    "FileReport",
+    "has_proportions",
+    "inspect_folder",
+    "list_videos",
+    "read_captions",
+    "read_windows",
+]
 
 SUFFIXES = (
     ".3gp",
@@ -179,6 +188,13 @@ def read_windows(path: Path, spec: ClipSpec) -> Iterator[tuple[float, UInt8[Tens
             raise MediaError(_too_short(len(clip.frames), spec))
         for begin in range(0, len(clip.frames) - spec.num_frames + 1, spec.num_frames):
             yield (first + begin) / spec.fps, clip.frames[begin : begin + spec.num_frames]
+
+
+def has_proportions(info: VideoInfo, spec: ClipSpec, among: Sequence[ClipSpec]) -> bool:
+    """Say whether no clips of `among` have proportions nearer to a video's than those of `spec`, by ratio."""
+    own = math.log(info.width / info.height)
+    distances = [abs(math.log(each.width / each.height) - own) for each in (spec, *among)]
+    return distances[0] <= min(distances) + 1e-9
 
 
 # --- what would become of a video ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Samples on disk: tensors of one shape, decoded or encoded once and read in any order ever after.
+"""Samples on disk: tensors of one shape, decoded or encoded once and read in any order ever after; `Stores` join shapes.
 
     STORE/shard-00000.safetensors   rows 0 ... stacked key by key, and what is known of each row
     STORE/store.json                what made the store, its keys and its shards; written last
@@ -10,9 +10,10 @@ that row alone. The fingerprint says what the rows were made from, so that stale
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reelflow.config import configuration, from_dict, to_dict
-from reelflow.data.folder import ClipSpec, list_videos, read_captions, read_windows
+from reelflow.data.folder import ClipSpec, has_proportions, list_videos, read_captions, read_windows
+from reelflow.data.video import probe
 from reelflow.errors import ConfigError, DataError, MediaError, nearest
 from reelflow.models.weights import write_tensors
 
-__all__ = ["BuildReport", "Store", "build_clip_store", "write_store"]
+__all__ = ["BuildReport", "Store", "Stores", "build_clip_store", "write_store"]
 
 INDEX = "store.json"
 SHARD_BYTES = 128 << 20  # what a shard of decoded clips may take in memory while it fills
@@ -145,14 +147,22 @@ class Store:
         """Sources that gave no row, one "name: why" each."""
         return self._index.rejected
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return the shape of every row.
+
+        Raises:
+            DataError: there is no such key.
+        """
+        self._check(key)
+        return self._index.keys[key].shape
+
     def batch(self, key: str, rows: Int64[Tensor, " N"]) -> Tensor:
         """Gather rows, in the order asked and as often as asked: N, then the shape of one row.
 
         Raises:
             DataError: there is no such key or row, or a shard is damaged.
         """
-        if key not in self._index.keys:
-            raise DataError(f"{self.folder} has no {key!r}; {nearest(key, self.keys)}")
+        self._check(key)
         if not len(rows):
             return self._place(0)[0].tensors[key][:0].clone()
         places = [self._place(row) for row in rows.tolist()]
@@ -167,6 +177,10 @@ class Store:
         shard, offset = self._place(row)
         return shard.meta[offset]
 
+    def _check(self, key: str) -> None:
+        if key not in self._index.keys:
+            raise DataError(f"{self.folder} has no {key!r}; {nearest(key, self.keys)}")
+
     def _place(self, row: int) -> tuple["_Shard", int]:
         if not 0 <= row < len(self):
             raise DataError(f"{self.folder} has rows 0 to {len(self) - 1}, not {row}")
@@ -174,6 +188,66 @@ class Store:
         if number not in self._shards:
             self._shards[number] = _Shard.open(_shard_path(self.folder, number), self._index, number)
         return self._shards[number], offset
+
+
+class Stores:
+    """Several stores as one, the rows of each after those of the one before; each may have a shape of its own.
+
+    Raises:
+        DataError: there is no store, or two differ in their keys.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        if not stores:
+            raise DataError("there are no stores to read")
+        for store in stores[1:]:
+            if set(store.keys) != set(stores[0].keys):
+                raise DataError(
+                    f"{store.folder} has {', '.join(sorted(store.keys))}, and {stores[0].folder} "
+                    f"{', '.join(sorted(stores[0].keys))}; stores that are read as one have the same keys"
+                )
+        self.stores = tuple(stores)
+        self._starts = [0, *accumulate(map(len, stores))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def batch(self, key: str, row: int) -> Tensor:
+        """Return one row: 1, then its shape.
+
+        Raises:
+            DataError: there is no such key or row, or a shard is damaged.
+        """
+        store, own = self.place(row)
+        return store.batch(key, torch.tensor([own]))
+
+    def shape(self, key: str, row: int) -> tuple[int, ...]:
+        """Return the shape of one row, which no shard is opened for.
+
+        Raises:
+            DataError: there is no such key or row.
+        """
+        return self.place(row)[0].shape(key)
+
+    def meta(self, row: int) -> dict[str, Any]:
+        """Return what was noted of a row.
+
+        Raises:
+            DataError: there is no such row, or its shard is damaged.
+        """
+        store, own = self.place(row)
+        return store.meta(own)
+
+    def place(self, row: int) -> tuple[Store, int]:
+        """Return the store of a row, and which row it is there.
+
+        Raises:
+            DataError: there is no such row.
+        """
+        if not 0 <= row < len(self):
+            raise DataError(f"the stores have rows 0 to {len(self) - 1}, not {row}")
+        number = bisect_right(self._starts, row) - 1
+        return self.stores[number], row - self._starts[number]
 
 
 @dataclass(frozen=True)
@@ -284,12 +358,18 @@ class BuildReport:
 
 
 def build_clip_store(
-    videos: Path, spec: ClipSpec, out: Path, *, on_file: Callable[[int, int], None] | None = None
+    videos: Path,
+    spec: ClipSpec,
+    out: Path,
+    *,
+    among: Sequence[ClipSpec] = (),
+    on_file: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
     """Decode every clip of the videos in a folder once, into a store with the key "frames" (uint8, T H W 3).
 
     Each row's meta has "caption", "file" (relative to `videos`) and "start" (seconds). A file that is broken or too
-    short is skipped and listed. A finished store of the same videos, captions and spec is used as it is; videos are
+    short is skipped and listed; a video whose proportions are nearer to those of another clip of `among` is not for this
+    store. A finished store of the same videos, captions and spec is used as it is; videos are
     told apart by name, size, and the bytes at their beginning and end. `on_file(done, total)` follows along.
 
     Raises:
@@ -303,7 +383,9 @@ def build_clip_store(
         digest.update(
             os.fsencode(name) + b"\0" + _digest(path) + captions[path].text.encode("utf-8", "surrogatepass") + b"\0"
         )
-    fingerprint = {"clip": to_dict(spec), "videos": {"files": len(paths), "digest": digest.hexdigest()}}
+    fingerprint: dict[str, Any] = {"clip": to_dict(spec), "videos": {"files": len(paths), "digest": digest.hexdigest()}}
+    if among:
+        fingerprint["among"] = [to_dict(each) for each in among]
     if (out / INDEX).exists():
         store = Store.open(out, fingerprint=fingerprint)
         return BuildReport(len(store), len(paths), store.rejected, reused=True)
@@ -314,6 +396,8 @@ def build_clip_store(
     for done, (path, name) in enumerate(zip(paths, names, strict=True)):
         before = writer.num_rows
         try:
+            if among and not has_proportions(probe(path), spec, among):
+                continue
             for start, frames in read_windows(path, spec):
                 writer.add({"frames": frames}, {"caption": captions[path].text, "file": name, "start": start})
         except MediaError as error:

@@ -207,5 +207,6 @@ HUNYUAN_VAE = Coder(
         "diffusers cuts clips of more than 16 frames into windows and fades between them unless told not to; ours takes "
         "the whole clip, as its norms do.",
         "diffusers makes a mask of all tokens by all tokens for the attention; ours attends a frame at a time.",
+        "in float32 one of 23 random networks had gradients 5.5e-5 off, at a floor of 5e-6: a group of almost no variance.",
     ),
 )

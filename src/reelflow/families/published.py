@@ -6,7 +6,7 @@ reelflow      config.json that holds a `DiTConfig`, and safetensors by our names
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ from reelflow.interop.checkpoints import (
     write_folder,
 )
 from reelflow.interop.mapping import Row, parameter, table
+from reelflow.models.adapters import Adapter, merged_weight
 from reelflow.models.dit import DiTConfig, VideoDiT
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "convert_transformer",
     "export_transformer",
     "family_of",
+    "find_family",
     "find_size",
     "find_transformer",
     "load_transformer",
@@ -105,6 +107,11 @@ def family_of(config: dict[str, Any], source: Path) -> Family:
             f"{source} is of {name!r}, which is no transformer known here; {nearest(str(name), known)}"
         )
     return known[name]
+
+
+def find_family(config: DiTConfig) -> Family | None:
+    """Return the family that a network is of, or None."""
+    return next((each for each in FAMILIES if _written(each, config) is not None), None)
 
 
 def sizes_of(config: DiTConfig) -> list[str]:
@@ -221,7 +228,7 @@ def export_transformer(config: DiTConfig, layout: Layout, family: Family | None 
     """
     if layout == "reelflow":
         return Export(_own_rows(config), {"_class_name": OURS, **to_dict(config)})
-    family = family or next((each for each in FAMILIES if _written(each, config) is not None), None)
+    family = family or find_family(config)
     if family is None:
         raise ConfigError("the network is of no published family; its layout is reelflow")
     if (said := _written(family, config)) is None:
@@ -264,16 +271,28 @@ def convert_transformer(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    adapters: Sequence[tuple[Adapter, float]] = (),
     progress: Progress | None = None,
 ) -> None:
     """Write what was found in another layout, a file at a time: memory holds one, and never the network.
 
+    Adapters, each in a strength, are added to the weights.
+
     Raises:
         CheckpointError: the folder is not empty, the disk is full, or the weights are not those of the configuration.
+        ConfigError: an adapter is of another network.
     """
     check_empty(Path(folder))
-    found.empty()
-    _write(AsOurs(found.stored, found.rows), export, Path(folder), dtype, progress)
+    model = found.empty()
+    for adapter, _ in adapters:
+        adapter.check(model)
+
+    changed = {f"{name}.weight": name for adapter, _ in adapters for name in adapter.updates}
+
+    def merged(name: str, x: Tensor) -> Tensor:
+        return merged_weight(changed[name], x, adapters) if name in changed else x
+
+    _write(AsOurs(found.stored, found.rows, merged), export, Path(folder), dtype, progress)
 
 
 def _write(

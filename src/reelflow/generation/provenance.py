@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.errors import CheckpointError, ConfigError, MediaError
+from reelflow.families.adapters import AdapterUse
 from reelflow.generation.pipeline import fingerprint
 from reelflow.generation.published import PublishedSampling
 from reelflow.generation.sampling import Sampling
@@ -43,6 +45,8 @@ class Provenance:
     frames_made: int = 0
     frames_sha256: str | None = None  # of the 8-bit frames, T H W 3; None when a second Ctrl-C cut the writing short
     interrupted_after: int | None = None  # steps; None when it was left to finish
+    adapters: tuple[AdapterUse, ...] = ()
+    adapters_sha256: tuple[str, ...] = ()
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -52,12 +56,20 @@ class Provenance:
 
     @classmethod
     def of(
-        cls, prompt: str, *, seed: int, num_frames: int, sampling: Asking, model: Path, image: Path | None
+        cls,
+        prompt: str,
+        *,
+        seed: int,
+        num_frames: int,
+        sampling: Asking,
+        model: Path,
+        image: Path | None,
+        adapters: Sequence[AdapterUse] = (),
     ) -> "Provenance":
         """Describe a request before it is carried out.
 
         Raises:
-            CheckpointError: there is no model there.
+            CheckpointError: there is no model there, or an adapter is missing.
             MediaError: the image cannot be read.
         """
         return cls(
@@ -71,6 +83,8 @@ class Provenance:
             image_sha256=None if image is None else file_sha256(image),
             num_threads=torch.get_num_threads(),
             versions=versions_here(),
+            adapters=tuple(replace(use, file=str(Path(use.file).resolve())) for use in adapters),
+            adapters_sha256=tuple(_adapter_sha256(Path(use.file)) for use in adapters),
         )
 
     @staticmethod
@@ -100,12 +114,18 @@ class Provenance:
         """Return the same request, put to the same model here; say where model and image are if they have moved.
 
         Raises:
-            CheckpointError: there is no model there, or another one.
+            CheckpointError: there is no model there, or another one; or an adapter is missing, or another one.
             MediaError: the first frame is missing, or another one.
         """
         model, image = model or Path(self.model), image or (Path(self.image) if self.image else None)
         request = Provenance.of(
-            self.prompt, seed=self.seed, num_frames=self.num_frames, sampling=self.sampling, model=model, image=image
+            self.prompt,
+            seed=self.seed,
+            num_frames=self.num_frames,
+            sampling=self.sampling,
+            model=model,
+            image=image,
+            adapters=self.adapters,
         )
         if request.model_sha256 != self.model_sha256:
             raise CheckpointError(
@@ -117,6 +137,12 @@ class Provenance:
                 f"the clip was made from {self.image or 'no first frame'} of SHA-256 {_short(self.image_sha256)}, but "
                 f"{image} has {_short(request.image_sha256)}; say where the old one is (--image)"
             )
+        for use, was, now in zip(self.adapters, self.adapters_sha256, request.adapters_sha256, strict=True):
+            if was != now:
+                raise CheckpointError(
+                    f"the clip was made with the adapter {use.file} of SHA-256 {_short(was)}, but what is there now has "
+                    f"{_short(now)}; put the old one in its place"
+                )
         return replace(request, num_threads=self.num_threads)
 
     def differences_here(self) -> list[str]:
@@ -147,6 +173,15 @@ def file_sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise MediaError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _adapter_sha256(source: Path) -> str:
+    """Return the SHA-256 of an adapter's file, or of all files of its folder in the order of their names."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    if not files or not all(path.is_file() for path in files):
+        raise CheckpointError(f"{source} is no adapter: it is missing, or no folder of files")
+    digests = [file_sha256(path) for path in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _short(digest: str | None) -> str:

@@ -2,6 +2,7 @@
 
 system = reelflow.load("Wan2.1-T2V-1.3B-Diffusers")
 clip = system.generate(["a cat walks on the grass"], num_frames=81)         # B 3 T H W in [-1, 1]
+styled = reelflow.load("Wan2.1-T2V-1.3B-Diffusers", adapters=[("style.safetensors", 0.8)])
 """
 
 import math
@@ -19,7 +20,8 @@ from reelflow.diffusion.guidance import Scale, away_from, guided, rescale, steer
 from reelflow.diffusion.process import Predict
 from reelflow.diffusion.rollout import rollout_given
 from reelflow.errors import ConfigError
-from reelflow.families.system import Asked, Conditions, System
+from reelflow.families.adapters import AdapterUse, apply_files
+from reelflow.families.system import Asked, Conditions, Expert, System
 from reelflow.families.systems import load_system
 from reelflow.generation.pipeline import Output, Pipeline, Progress, Stopped
 from reelflow.models.condition import Condition
@@ -32,20 +34,32 @@ SAME_TIME = 1e-9
 
 
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    adapters: Sequence[AdapterUse | tuple[str, float]] = (),
 ) -> "Pipeline | PublishedPipeline":
     """Return what makes clips of a folder: a run or model of ours, or a published system as diffusers writes it.
 
+    `adapters` are files or folders of LoRA or DoRA, each with its strength; they are applied, not merged.
+
     Raises:
-        CheckpointError: the folder holds neither, or its parts do not fit each other.
-        ConfigError: another type or device is asked of a model of ours, whose precision is its `sampling`'s.
+        CheckpointError: the folder holds neither, its parts do not fit each other, or an adapter is of another network.
+        ConfigError: another type or device is asked of a model of ours, whose precision is its `sampling`'s; or it is not
+            said which of two networks an adapter is for.
     """
     folder = Path(folder)
+    uses = [use if isinstance(use, AdapterUse) else AdapterUse(*use) for use in adapters]
     if (folder / "model_index.json").is_file():
-        return PublishedPipeline(load_system(folder, dtype=dtype, device=device))
+        system = load_system(folder, dtype=dtype, device=device)
+        apply_files(system.experts, uses)
+        return PublishedPipeline(system)
     if dtype is not None or torch.device(device).type != "cpu":
         raise ConfigError(f"{folder} is no published system: leave out dtype and device, and set sampling.precision")
-    return Pipeline.load(folder)
+    pipeline = Pipeline.load(folder)
+    apply_files([Expert(pipeline.dit)], uses)
+    return pipeline
 
 
 @configuration
@@ -265,7 +279,7 @@ class PublishedPipeline:
 
     def _under(self, network: VideoDiT, condition: Condition, token_rate: float | None, times: Tensor) -> Predict:
         weights = next(network.parameters())
-        told = condition.to(weights.device, weights.dtype)
+        told = condition.trimmed().to(weights.device, weights.dtype)  # hidden tokens cost time and change nothing
         fed_times = self.system.walk.fed(times).to(weights.device)
 
         def ask(x: Tensor, t: Tensor) -> Tensor:

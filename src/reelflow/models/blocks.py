@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.nn.attention import QKNorm, attend, build_qk_norm
+from reelflow.nn.attention import QKNorm, attend, attend_segments, build_qk_norm
 from reelflow.nn.mlp import Activation, Mlp, activate, inner_width
-from reelflow.nn.modulation import Modulation, Table, gated, modulate, spread
+from reelflow.nn.modulation import Modulation, Rows, Table, gated, modulate, spread
 from reelflow.nn.norm import Norm, build_norm
 from reelflow.nn.patchify import Grid
-from reelflow.nn.patterns import Full, Gated, Pattern, attend_pattern
+from reelflow.nn.patterns import Full, Gated, Pattern, Segments, attend_pattern
 from reelflow.nn.qk import normed_parts, queries_keys_values
 from reelflow.nn.rope import Rope
 
@@ -190,16 +190,21 @@ class Streams:
     `vector` has one row per group of video tokens (per clip, per frame or per token); `context_vector` has one.
     `rope` turns each video token by its own place in the grid, whatever the pattern of attention. `mask` hides padded
     context tokens; video tokens are never hidden.
+
+    Clips of several sizes are one row, B = 1, as the `Segments` in `grid` say. Then the vectors have rows for all clips,
+    `rows` and `context_rows` name the one of each token, and nothing is hidden because nothing is padded.
     """
 
     video: Float[Tensor, "B N D"]
     context: Float[Tensor, "B L C"]
     vector: Float[Tensor, "B groups V"]
-    context_vector: Float[Tensor, "B 1 V"]
+    context_vector: Float[Tensor, "B 1 V"] | Float[Tensor, "B clips V"]
     rope: Rope | None
     mask: Bool[Tensor, "B 1 1 L+N"] | None
-    grid: Grid
+    grid: Grid | Segments
     image: Float[Tensor, "B P D"] | None = None
+    rows: Rows | None = None
+    context_rows: Rows | None = None
 
 
 class Gate(nn.Module):
@@ -285,6 +290,13 @@ class _Chunks(NamedTuple):
     shift: Float[Tensor, "B groups D"] | None
     scale: Float[Tensor, "B groups D"]
     gate: Float[Tensor, "B groups D"]
+    rows: Rows | None
+
+    def modulate(self, x: Tensor) -> Tensor:
+        return modulate(x, self.shift, self.scale, self.rows)
+
+    def gated(self, x: Tensor, branch: Tensor) -> Tensor:
+        return gated(x, self.gate, branch, self.rows)
 
 
 class DualStream(nn.Module):
@@ -303,10 +315,10 @@ class DualStream(nn.Module):
         self.post1, self.post2 = (build_norm(spec.post, dim) for _ in range(2))
 
     def add_attention(self, x: Tensor, attention: Tensor, chunks: _Chunks) -> Tensor:
-        return gated(x, chunks.gate, self.post1(self.out(attention)))
+        return chunks.gated(x, self.post1(self.out(attention)))
 
     def add_mlp(self, x: Tensor, chunks: _Chunks) -> Tensor:
-        return gated(x, chunks.gate, self.post2(self.mlp(modulate(self.norm2(x), chunks.shift, chunks.scale))))
+        return chunks.gated(x, self.post2(self.mlp(chunks.modulate(self.norm2(x)))))
 
 
 class ReadStream(nn.Module):
@@ -319,9 +331,9 @@ class ReadStream(nn.Module):
         self.project = Read(widths.dim, widths.num_heads, spec.qk_norm, in_dim=dim, bias=spec.qkv_bias)
         self.idle = Idle(spec, dim, widths) if spec.idle_query else None
 
-    def keys_values(self, x: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-        *shift, scale = self.modulation(vector)
-        return self.project(modulate(self.norm1(x), shift[0] if shift else None, scale))
+    def keys_values(self, s: Streams) -> tuple[Tensor, Tensor]:
+        *shift, scale = self.modulation(s.context_vector)
+        return self.project(modulate(self.norm1(s.context), shift[0] if shift else None, scale, s.context_rows))
 
 
 class Idle(nn.Module):
@@ -359,16 +371,16 @@ class DualBlock(nn.Module):
         self.gate = _gate(spec.attend, dim, widths.num_heads)
 
     def forward(self, s: Streams) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L C"]]:
-        own, mlp, *again = self._chunks(self.video.modulation, s.vector)
+        own, mlp, *again = self._chunks(self.video.modulation, s.vector, s.rows)
         normed = self.video.norm1(s.video)
-        x = modulate(normed, own.shift, own.scale)
+        x = own.modulate(normed)
         q, k, v = self.video.project(x, s.rope)
         other = self.video if isinstance(self.context, TiedStream) else self.context
         if isinstance(other, ReadStream):
-            ck, cv = other.keys_values(s.context, s.context_vector)
+            ck, cv = other.keys_values(s)
         else:
-            c_own, c_mlp = self._chunks(self.context.modulation, s.context_vector)
-            cq, ck, cv = other.project(modulate(other.norm1(s.context), c_own.shift, c_own.scale))
+            c_own, c_mlp = self._chunks(self.context.modulation, s.context_vector, s.context_rows)
+            cq, ck, cv = other.project(c_own.modulate(other.norm1(s.context)))
             q = torch.cat([cq, q], dim=2)
         k, v = torch.cat([ck, k], dim=2), torch.cat([cv, v], dim=2)
         joint = attend_pattern(self.spec.attend, q, k, v, s.grid, mask=s.mask, alpha=_alpha(self.gate, x))
@@ -377,19 +389,19 @@ class DualBlock(nn.Module):
         video = self.video.add_attention(s.video, attention, own)
         if self.again is not None:
             (chunks,) = again
-            video = gated(video, chunks.gate, self.again(modulate(normed, chunks.shift, chunks.scale), s))
+            video = chunks.gated(video, self.again(chunks.modulate(normed), s))
         video = self.video.add_mlp(video, mlp)
         if isinstance(other, ReadStream):
             return video, s.context
         return video, other.add_mlp(other.add_attention(s.context, c_attention, c_own), c_mlp)
 
-    def _chunks(self, modulation: Modulation, vector: Tensor) -> list[_Chunks]:
+    def _chunks(self, modulation: Modulation, vector: Tensor, rows: Rows | None) -> list[_Chunks]:
         """Return what modulates attention, MLP and, where there is one, the second attention."""
         chunks, found = iter(modulation(vector)), []
         for first in chunks:
             shift, scale = (first, next(chunks)) if self.spec.shift else (None, first)
             gate = next(chunks)
-            found.append(_Chunks(shift, scale, gate.tanh() if self.spec.gate == "tanh" else gate))
+            found.append(_Chunks(shift, scale, gate.tanh() if self.spec.gate == "tanh" else gate, rows))
         return found
 
 
@@ -421,14 +433,17 @@ class SingleBlock(nn.Module):
 
     def _modulations(self, s: Streams) -> list[tuple[Tensor, Tensor]]:
         video = self.modulation(s.vector)
-        context = video if s.vector.shape[1] == 1 else self.modulation(s.context_vector)
+        alike = s.context_vector is s.vector or s.vector.shape[1] == 1
+        context = video if alike else self.modulation(s.context_vector)
         return list(zip(context, video, strict=True))
 
     def _join(self, s: Streams, context: Tensor, video: Tensor) -> Tensor:
         """One row when the whole sequence shares it, else one row per token of [context, video]."""
         if video.shape[1] == 1:
             return video
-        return torch.cat([context.expand(-1, s.context.shape[1], -1), spread(video, s.video.shape[1])], dim=1)
+        length = s.context.shape[1]
+        context = spread(context, length, s.context_rows).expand(-1, length, -1)
+        return torch.cat([context, spread(video, s.video.shape[1], s.rows)], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -461,10 +476,20 @@ class CrossAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B N D"], s: Streams) -> Float[Tensor, "B N D"]:
         (q,) = normed_parts(self.query(x), (self.norm_q,), self.num_heads, parts=1)
         mask = None if s.mask is None else s.mask[..., : s.context.shape[1]]
-        found = attend(q, *self.read(s.context), mask=mask)
+        k, v = self.read(s.context)
+        clips = s.grid if isinstance(s.grid, Segments) else None
+        found = attend(q, k, v, mask=mask) if clips is None else _attend_runs(q, k, v, clips, clips.context)
         if self.image is not None and s.image is not None:
-            found = found + attend(q, *self.image(s.image))
+            k, v = self.image(s.image)
+            each = (k.shape[2] // len(clips.grids),) * len(clips.grids) if clips else ()
+            found = found + (attend(q, k, v) if clips is None else _attend_runs(q, k, v, clips, each))
         return self.out(found)
+
+
+def _attend_runs(q: Tensor, k: Tensor, v: Tensor, clips: Segments, lengths: tuple[int, ...]) -> Tensor:
+    """Attend from each clip of a row to its own run of keys, of which `lengths` says how many there are."""
+    keys, values = (x.split(list(lengths), dim=2) for x in (k, v))
+    return torch.cat(attend_segments(q.split(clips.video, dim=2), keys, values), dim=1)
 
 
 class Residual(nn.Module):
@@ -493,7 +518,7 @@ class Residual(nn.Module):
         if not self.adaptive:
             return x + self._branch(self.norm(x), s).to(x.dtype)
         shift, scale, gate = (next(modulation) for _ in range(3))
-        return gated(x, gate, self._branch(modulate(self.norm(x), shift, scale), s))
+        return gated(x, gate, self._branch(modulate(self.norm(x), shift, scale, s.rows), s), s.rows)
 
     def _branch(self, x: Tensor, s: Streams) -> Tensor:
         return self.function(x) if isinstance(self.function, Mlp) else self.function(x, s)

@@ -8,17 +8,18 @@
 Encoders return a `Condition`; conditions add. The network never learns what a door was used for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reelflow.errors import ConfigError
 
-__all__ = ["Condition", "Source"]
+__all__ = ["Condition", "Source", "stack_conditions"]
 
 
 class Source(NamedTuple):
@@ -97,6 +98,11 @@ class Condition:
             parts[field.name] = _each(lambda a, b: torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, b), mine, theirs)
         return replace(self, **parts)
 
+    def vectors(self, rows: Int[Tensor, " rows"]) -> "Condition":
+        """Return the vector, the numbers and the label of some clips, each as often as it is named."""
+        vector, numbers, label = (None if x is None else x[rows] for x in (self.vector, self.numbers, self.label))
+        return Condition(vector=vector, numbers=numbers, label=label)
+
     def trimmed(self) -> "Condition":
         """Drop the context tokens beyond the longest sample's; nothing attends to them, so no output changes."""
         if self.context is None:
@@ -111,6 +117,41 @@ class Condition:
             return part.to(device, dtype if part.is_floating_point() else None)
 
         return replace(self, **{field.name: _each(move, getattr(self, field.name)) for field in fields(self)})
+
+
+def stack_conditions(conditions: Sequence[Condition]) -> Condition:
+    """Return the rows of several conditions as those of one; shorter contexts are padded to the longest, and masked.
+
+    Raises:
+        ConfigError: only some have a part, or what cannot be padded has several shapes.
+    """
+    parts: dict[str, Any] = {}
+    for field in fields(Condition):
+        given = [getattr(condition, field.name) for condition in conditions]
+        doors = [_doors(part) for part in given]
+        if field.name != "context_mask" and any(door != doors[0] for door in doors):
+            raise ConfigError(f"cannot stack conditions: only some of them have {field.name}")
+        if given[0] is None or field.name in ("context", "context_mask", "further"):
+            continue
+        shapes = {part.shape[1:] for part in given}
+        if len(shapes) > 1:
+            raise ConfigError(f"cannot stack conditions: {field.name} has the shapes {sorted(map(tuple, shapes))}")
+        parts[field.name] = torch.cat(given)
+    joined = [_stacked(sources) for sources in zip(*(condition.sources for condition in conditions), strict=True)]
+    if conditions[0].context is not None:
+        parts["context"], parts["context_mask"] = joined.pop(0)
+    return Condition(**parts, further=tuple(joined) or None)
+
+
+def _stacked(sources: Sequence[Source]) -> Source:
+    lengths = [source.tokens.shape[1] for source in sources]
+    if len(set(lengths)) == 1 and all(source.mask is None for source in sources):
+        return Source(torch.cat([source.tokens for source in sources]))
+    rests = [max(lengths) - length for length in lengths]
+    tokens = [F.pad(source.tokens, (0, 0, 0, rest)) for source, rest in zip(sources, rests, strict=True)]
+    return Source(
+        torch.cat(tokens), torch.cat([F.pad(s.real(), (0, rest)) for s, rest in zip(sources, rests, strict=True)])
+    )
 
 
 def _trimmed(source: Source) -> Source:

@@ -11,7 +11,7 @@
 What the output means (velocity, noise, data) is not the network's affair; it learns what the process asks of it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -25,6 +25,7 @@ from reelflow.errors import ConfigError
 from reelflow.models.blocks import Branches, Cross, Layer, Single, Streams, Widths, build_block
 from reelflow.models.condition import Condition, Source
 from reelflow.models.context import ContextLayers, ContextSources, Layers, Pool, Refine, Sources, build_context
+from reelflow.models.packing import Packed
 from reelflow.nn.embed import (
     Apart,
     ApartEmbedding,
@@ -39,6 +40,7 @@ from reelflow.nn.mlp import Activation
 from reelflow.nn.modulation import Modulation, Table, modulate
 from reelflow.nn.norm import Norm, build_norm
 from reelflow.nn.patchify import Grid, Patch, patchify, token_grid, unpatchify
+from reelflow.nn.patterns import Segments
 from reelflow.nn.rope import (
     Coordinates,
     Extension,
@@ -233,15 +235,13 @@ class VideoDiT(nn.Module):
         """
         grid = token_grid(latents.shape[2:], self.config.patch)
         t = self._check(latents, t, grid, condition)
-        for index in skip:
-            if not 0 <= index < len(self.blocks):
-                raise ConfigError(f"skip takes blocks 0 to {len(self.blocks) - 1}, got {index}")
-        x = self._with_positions(self._embed(latents, condition.channels), grid, 0)
+        x = self._with_positions(self._embed(latents, condition.channels), (grid,), 0)
         if condition.residual is not None:
             x = x + condition.residual
-        vector = self._vector(t, condition)
+        pooled = self._pooled(condition)
+        vector = self._vector(t, condition, pooled)
         # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
-        single = vector if t.shape[1] == 1 else self._vector(t.amin(1, keepdim=True), condition)
+        single = vector if t.shape[1] == 1 else self._vector(t.amin(1, keepdim=True), condition, pooled)
         chunks, rope = self._chunks(vector), self._rope(grid, token_rate, x.device)
         context = self._context(condition, x, t)
         streams = Streams(
@@ -254,16 +254,80 @@ class VideoDiT(nn.Module):
             grid=grid,
             image=None if self.image is None else self.image(condition.image, None, t).to(x.dtype),
         )
+        x = self._through(streams, skip)
+        shift, scale = self.modulation(vector if self.config.out_groups == "own" else single)
+        return unpatchify(self.out(modulate(self.norm(x), shift, scale)), grid, self.config.patch)
+
+    def forward_packed(self, packed: Packed, *, skip: Collection[int] = ()) -> tuple[Float[Tensor, "1 out _ _ _"], ...]:
+        """Predict every clip of a row, as `forward` predicts each alone: the same numbers, in one pass and unpadded.
+
+        Under FSDP2 register it: `register_fsdp_forward_method(model, "forward_packed")`.
+
+        Raises:
+            ConfigError: as `forward`, of any clip.
+        """
+        clips, condition, device = packed.clips, packed.condition, packed.clips[0].latents.device
+        grids = [token_grid(clip.latents.shape[2:], self.config.patch) for clip in clips]
+        times = [self._check(c.latents, c.t, grid, c.condition) for c, grid in zip(clips, grids, strict=True)]
+        segments = Segments(packed.context_lengths, tuple(grids))
+
+        def each(counts: list[int] | tuple[int, ...]) -> Tensor:
+            """Name for each token its clip, or its group."""
+            rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+            return rows.to(device, non_blocking=True)
+
+        x = torch.cat([self._embed(clip.latents, clip.condition.channels) for clip in clips], dim=1)
+        x = self._with_positions(x, grids, 0)
+        if clips[0].condition.residual is not None:
+            x = x + torch.cat([clip.condition.residual for clip in clips if clip.condition.residual is not None], dim=1)
+        # One row of vectors: of all groups of all clips, and of all clips.
+        pooled, groups = self._pooled(condition), [t.shape[1] for t in times]
+        first = torch.cat([t.amin(1, keepdim=True) for t in times])
+        vector = single = self._vector(first, condition, pooled).transpose(0, 1)
+        rows = whole = each(segments.video)
+        if max(groups) > 1:
+            owner = each(groups)
+            told, t = condition.vectors(owner), torch.cat(times, dim=1).transpose(0, 1)
+            vector = self._vector(t, told, None if pooled is None else pooled[owner]).transpose(0, 1)
+            rows = each([n // count for n, count in zip(segments.video, groups, strict=True) for _ in range(count)])
+        chunks, rope = self._chunks(vector), self._rope_of_row(packed, grids, x.device)
+        context = self._context(condition, x, first).tokens
+        if condition.context is not None:
+            context = context.flatten(0, 1)[packed.context_places][None]
+        image = None if self.image is None else self.image(condition.image, None, first).to(x.dtype)
+        streams = Streams(
+            video=x,
+            context=context,
+            vector=chunks,
+            context_vector=chunks if single is vector else self._chunks(single),
+            rope=None if rope is None else rope.to(torch.promote_types(x.dtype, torch.float32)),
+            mask=None,
+            grid=segments,
+            image=None if image is None else image.flatten(0, 1)[None],
+            rows=rows,
+            context_rows=each(packed.context_lengths),
+        )
+        x = self._through(streams, skip)
+        own = self.config.out_groups == "own"
+        shift, scale = self.modulation(vector if own else single)
+        y = self.out(modulate(self.norm(x), shift, scale, rows if own else whole))
+        parts = zip(y.split(segments.video, dim=1), grids, strict=True)
+        return tuple(unpatchify(part, grid, self.config.patch) for part, grid in parts)
+
+    def _through(self, streams: Streams, skip: Collection[int]) -> Float[Tensor, "B N D"]:
+        """Take the tokens through the blocks and the last norm."""
+        for index in skip:
+            if not 0 <= index < len(self.blocks):
+                raise ConfigError(f"skip takes blocks 0 to {len(self.blocks) - 1}, got {index}")
+        grids = (streams.grid,) if isinstance(streams.grid, Grid) else streams.grid.grids
         for index, block in enumerate(self.blocks):
             if index:
-                streams = replace(streams, video=self._with_positions(streams.video, grid, index))
+                streams = replace(streams, video=self._with_positions(streams.video, grids, index))
             if index in skip:
                 continue
             video, context = block(streams)
             streams = replace(streams, video=video, context=context)
-        x = streams.video if self.last_norm is None else self.last_norm(streams.video)
-        shift, scale = self.modulation(vector if self.config.out_groups == "own" else single)
-        return unpatchify(self.out(modulate(self.norm(x), shift, scale)), grid, self.config.patch)
+        return streams.video if self.last_norm is None else self.last_norm(streams.video)
 
     def _embed(self, x: Float[Tensor, "B C T H W"], extra: Float[Tensor, "B E T H W"] | None) -> Float[Tensor, "B N D"]:
         if extra is not None and self.extra is None:
@@ -273,15 +337,26 @@ class VideoDiT(nn.Module):
         tokens = self.embed(patchify(x, self.config.patch))
         return tokens if extra is None or self.extra is None else tokens + self.extra(extra)
 
-    def _with_positions(self, x: Float[Tensor, "B N D"], grid: Grid, block: int) -> Float[Tensor, "B N D"]:
-        """Add the positions that are added before a block."""
+    def _with_positions(self, x: Float[Tensor, "B N D"], grids: Sequence[Grid], block: int) -> Float[Tensor, "B N D"]:
+        """Add the positions that are added before a block, to the tokens of one grid or of several, one after the other."""
+
+        def positions(grid: Grid) -> Tensor:
+            if isinstance(absolute, Learned):
+                return table(grid)
+            if grid.t > 1 or absolute.still:
+                return absolute.vectors(grid, self.config.dim, x.device)
+            return x.new_zeros(grid.num_tokens, self.config.dim)
+
         tables = iter(self.tables)
         for absolute in self.config.absolute:
             if isinstance(absolute, Learned):
                 table = next(tables)
-                x = x + table(grid).to(x.dtype) if block == 0 or absolute.every else x
-            elif absolute.before == block and (grid.t > 1 or absolute.still):
-                x = x + absolute.vectors(grid, self.config.dim, x.device).to(x.dtype)
+                due = block == 0 or absolute.every
+            else:
+                due = absolute.before == block and (absolute.still or any(grid.t > 1 for grid in grids))
+            if due:
+                rows = [positions(grid) for grid in grids]
+                x = x + (rows[0] if len(rows) == 1 else torch.cat(rows)).to(x.dtype)
         return x
 
     def _chunks(self, vector: Float[Tensor, "B groups V"]) -> Float[Tensor, "B groups width"]:
@@ -336,7 +411,21 @@ class VideoDiT(nn.Module):
             ]
         return rope_table(positions, config.rope, theta=config.theta, stretch=stretch)
 
-    def _vector(self, t: Float[Tensor, "B groups"], condition: Condition) -> Float[Tensor, "B groups V"]:
+    def _rope_of_row(self, packed: Packed, grids: list[Grid], device: torch.device) -> Rope | None:
+        """Return the positions of every clip's tokens, each clip's from its own grid."""
+        keys = [(grid, clip.token_rate) for grid, clip in zip(grids, packed.clips, strict=True)]
+        tables = {key: self._rope(*key, device) for key in set(keys)}
+        found = [table for key in keys if (table := tables[key]) is not None]
+        return torch.cat(found, dim=-3) if found else None
+
+    def _pooled(self, condition: Condition) -> Float[Tensor, "B V"] | None:
+        if self.pool is None or condition.context is None:
+            return None
+        return self.pool(condition.context, condition.context_mask)
+
+    def _vector(
+        self, t: Float[Tensor, "B groups"], condition: Condition, pooled: Float[Tensor, "B V"] | None
+    ) -> Float[Tensor, "B groups V"]:
         total = self.time(t)
         if self.vector is not None and condition.vector is not None:
             total = total + self.vector(condition.vector)[:, None]
@@ -349,8 +438,8 @@ class VideoDiT(nn.Module):
                 total = total + (part if config.clean else part * (t < 1).to(part.dtype)[..., None])
         if self.classes is not None and condition.label is not None:
             total = total + self.classes(condition.label)[:, None]
-        if self.pool is not None and condition.context is not None:
-            total = total + self.pool(condition.context, condition.context_mask)[:, None]
+        if pooled is not None:
+            total = total + pooled[:, None]
         return total
 
     def _context(self, condition: Condition, x: Tensor, t: Tensor) -> Source:

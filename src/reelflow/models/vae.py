@@ -5,12 +5,15 @@
 Encoder and decoder are tuples of layers (`reelflow.models.coder`). Causal in time with frame 0 alone: T = 1 + f k frames
 become t = 1 + k latents, and T = 1 is an image in the same latent space. `encode` and `decode` take a whole clip;
 `encode_chunk` and `decode_chunk` take it as it comes, with the same result whatever the chunks (the state is a value, see
-`nn/conv.py`), where no layer stands in the way (`VAEConfig.obstacles`). Per-channel mean and standard deviation live
-here, so no other file knows a scale factor.
+`nn/conv.py`), where no layer stands in the way (`VAEConfig.obstacles`). Given a budget of memory, `encode` and `decode`
+choose chunks and tiles themselves (`budget.py`). Per-channel mean and standard deviation live here, so no other file
+knows a scale factor.
 """
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import count
 from math import prod
 from typing import Literal, NamedTuple
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
+from reelflow.models.budget import Budgeted, choose, grows, in_bytes, reach, readable
 from reelflow.models.coder import (
     Act,
     Attention,
@@ -38,9 +42,14 @@ from reelflow.models.coder import (
     obstacles,
     width_after,
 )
+from reelflow.models.parts import Way, chunks, collect, window
+from reelflow.models.weighing import peak_bytes
 from reelflow.nn.conv import START, CausalConv3d, CausalSequence, Given, State, TimePadding
 
 __all__ = ["CausalVAE", "EncoderState", "Pieces", "Posterior", "Stage", "VAEConfig", "staged"]
+
+LOG = logging.getLogger(__name__)
+Coder = Literal["encoder", "decoder"]
 
 
 @configuration
@@ -145,7 +154,7 @@ class VAEConfig:
             fits = (n for n in count(max(1, num_frames)) if self._latent_frames(n))
             below = next((n for n in range(num_frames, 0, -1) if self._latent_frames(n)), None)
             near = f"{next(fits) if below is None else below} or {next(fits)}"
-            raise ConfigError(f"num_frames must be {self._lengths}, got {num_frames}; nearest: {near}")
+            raise ConfigError(f"num_frames must be {self.lengths}, got {num_frames}; nearest: {near}")
         for name, extent in (("height", height), ("width", width)):
             if extent < 1 or extent % stride:
                 below = extent // stride * stride
@@ -155,8 +164,20 @@ class VAEConfig:
                 )
         return self.latent_channels, self._latent_frames(num_frames), height // stride, width // stride
 
+    def clip_shape(self, length: int, height: int, width: int) -> tuple[int, int, int]:
+        """Return (T, H, W) of the clip that latents of these extents are decoded to."""
+        time, pieces = self.temporal_stride, self.pieces
+        frames = 1 + time * (length - 1)
+        if pieces is not None and length > 1:
+            whole, rest = divmod(length, pieces.latents)
+            frames = whole * pieces.frames
+            if rest:
+                frames += rest if pieces.knows == "before" else 1 + time * (rest - 1)
+        return frames, height * self.spatial_stride, width * self.spatial_stride
+
     @property
-    def _lengths(self) -> str:
+    def lengths(self) -> str:
+        """The numbers of frames that it takes, in words."""
         time, pieces = self.temporal_stride, self.pieces
         if pieces is None:
             return f"1 + {time} k"
@@ -223,15 +244,21 @@ class CausalVAE(nn.Module):
                 head.conv.bias[config.latent_channels :] = -6.0
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
-    def encode(self, clip: Float[Tensor, "B C T H W"]) -> Posterior:
-        """Encode a whole clip of colours in [-1, 1] at once.
+    def encode(self, clip: Float[Tensor, "B C T H W"], *, memory: int | str | None = None) -> Posterior:
+        """Encode a whole clip of colours in [-1, 1], at once or within a budget, as `decode` does.
 
         Raises:
-            ConfigError: T is not 1 + f k, or a side is not a multiple of the stride.
+            ConfigError: T is not 1 + f k, a side is not a multiple of the stride, the type or the device are not the
+                network's, or nothing fits in the memory.
         """
         self._check_clip(clip)
-        self.config.latent_shape(*clip.shape[2:])
-        return self._encode(clip, None)[0]
+        channels, *extent = self.config.latent_shape(*clip.shape[2:])
+        if memory is None:
+            return self._encode(clip, None)[0]
+        plan = self.plan_encode(clip.shape, memory)
+        _tell(plan, extent, "encoding", clip)
+        moments = collect(self.way("encoder"), clip, plan, (len(clip), 2 * channels, *extent))
+        return Posterior(*moments.split(channels, dim=1))
 
     def decode(
         self,
@@ -239,17 +266,61 @@ class CausalVAE(nn.Module):
         *,
         t: float | Float[Tensor, " _"] | None = None,
         generator: torch.Generator | None = None,
+        memory: int | str | None = None,
     ) -> Float[Tensor, "B 3 T H W"]:
         """Decode latents to pixels (about [-1, 1], not clamped), with T = 1 + f (t - 1).
 
         A decoder that is told the time (`VAEConfig.timed`) also takes latents that are noisy a little: as noisy as at `t`,
         which is 1, clean, unless said. The generator is of the noise that some decoders add.
 
+        Within a budget of `memory`, in bytes or such as "4GiB", beside the weights and the latents, it goes by
+        `plan_decode`, without gradients, and logs how; a warning if the result is an approximation.
+
         Raises:
-            ConfigError: the latents have another number of channels, are empty or are not finite; the decoder is told no
-                time, or `t` is not one for each clip.
+            ConfigError: the latents have another number of channels, are empty or are not finite, or of a type or on a
+                device that are not the network's; the decoder is told no time, or `t` is not one for each clip; or nothing
+                fits in the memory.
         """
-        return self._decode(latents, None, Given(self._decoder_time(latents, t), generator=generator))[0]
+        self._check_latents(latents)
+        given = Given(self._decoder_time(latents, t), generator=generator)
+        if memory is None:
+            return self._decode(latents, None, given)[0]
+        plan = self.plan_decode(latents.shape, memory)
+        _tell(plan, latents.shape[2:], "decoding", latents)
+        return collect(self.way("decoder", given), latents, plan, self._clip_shape(latents.shape))
+
+    def plan_encode(self, shape: Sequence[int], memory: int | str) -> Budgeted:
+        """Choose how to encode a clip of a shape, B 3 T H W, within a memory; see `plan_decode`."""
+        extent = self.config.latent_shape(*shape[2:])[1:]
+        return self._plan("encoder", shape, extent, memory, collected=True)
+
+    def plan_decode(self, shape: Sequence[int], memory: int | str, *, collected: bool = True) -> Budgeted:
+        """Choose how to decode latents of a shape, B C t h w, within a memory, beside the weights and the latents.
+
+        The whole clip if it fits, else as many latents at a time as do, else tiles too. Not `collected`, frames are gone
+        when the next ones are made (`decode_parts`), but for those of tiles. Peaks are a CPU's, without gradients.
+
+        Raises:
+            ConfigError: nothing fits; says what would.
+        """
+        return self._plan("decoder", shape, (shape[2], shape[3], shape[4]), memory, collected=collected)
+
+    def decode_parts(
+        self, latents: Float[Tensor, "B c t h w"], plan: Budgeted, *, t: float | None = None
+    ) -> Iterator[Float[Tensor, "B 3 _ H W"]]:
+        """Decode latents by a plan, without gradients: each chunk's frames as soon as they exist, those of tiles at the end.
+
+        Raises:
+            ConfigError: as `decode`, or the plan is for latents of another size or another autoencoder.
+        """
+        self._check_latents(latents)
+        way = self.way("decoder", Given(self._decoder_time(latents, t)))
+        length, *sides = latents.shape[2:]
+        if plan.chunk < length and not way.streams and way.window is None:
+            raise ConfigError(f"{self.config.obstacles[-1]}, so a plan of {plan.chunk} latents at a time is not for it")
+        if plan.tile == tuple(sides):
+            return chunks(way, latents, [*range(0, length, plan.chunk), length])
+        return iter([collect(way, latents, plan, self._clip_shape(latents.shape))])
 
     def encode_chunk(
         self, frames: Float[Tensor, "B C T H W"], state: EncoderState | None = None
@@ -291,16 +362,37 @@ class CausalVAE(nn.Module):
         Raises:
             ConfigError: as `decode`, or the state is of another stream, or a layer needs the whole clip.
         """
+        self._check_latents(latents)
         if state is not None:
             self._check_streams("decoder")
         return self._decode(latents, state, Given(self._decoder_time(latents, t)))
 
     def stream_decode(self, chunks: Iterable[Float[Tensor, "B c _ h w"]]) -> Iterator[Float[Tensor, "B 3 T H W"]]:
-        """Decode latents as they come, at memory that does not grow with the clip."""
-        state: State = START
+        """Decode latents as they come, at memory that does not grow with the clip.
+
+        A decoder that looks ahead a finite way gives its frames as many latents later, and does some work twice.
+
+        Raises:
+            ConfigError: as `decode`, or a layer needs the whole clip.
+        """
+        way = self.way("decoder")
+        if way.streams or way.window is None:
+            state: State = START
+            for latents in chunks:
+                frames, state = self.decode_chunk(latents, state)
+                yield frames
+            return
+        (before, after), kept, start, done = way.window, None, 0, 0
         for latents in chunks:
-            frames, state = self.decode_chunk(latents, state)
-            yield frames
+            self._check_latents(latents)
+            kept = latents if kept is None else torch.cat([kept, latents], dim=2)
+            if (ready := start + kept.shape[2] - after) > done:
+                yield window(way, kept, done, ready, start)
+                done = ready
+                gone = max(0, done - before - start)
+                kept, start = kept[:, :, gone:], start + gone
+        if kept is not None:
+            yield window(way, kept, done, start + kept.shape[2], start)
 
     @torch.no_grad()
     def set_statistics(self, mean: Float[Tensor, " C"], std: Float[Tensor, " C"]) -> None:
@@ -313,6 +405,40 @@ class CausalVAE(nn.Module):
             raise ConfigError(f"every std must be positive, got {std.tolist()}; train the VAE longer, or drop channels")
         self.latent_mean += mean.to(self.latent_mean) * self.latent_std
         self.latent_std *= std.to(self.latent_std)
+
+    def _clip_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return shape[0], 3, *self.config.clip_shape(*shape[2:])
+
+    def way(self, name: Coder, given: Given = Given()) -> Way:
+        """Return a way through that `reelflow.models.parts` goes."""
+        config, decodes = self.config, name == "decoder"
+        layers = config.decoder if decodes else config.encoder
+
+        def step(x: Tensor, state: State) -> tuple[Tensor, State]:
+            if decodes:
+                return self._decode(x, state, given)
+            moments, state = self._encode(x, state)
+            return torch.cat(moments, dim=1), state
+
+        return Way(
+            step,
+            to="pixels" if decodes else "latents",
+            time=config.temporal_stride,
+            space=config.spatial_stride,
+            streams=not obstacles(layers, name),
+            window=reach(layers, "time", "decode") if decodes and config.pieces is None else None,
+            sees=reach(layers, "space", "decode" if decodes else "encode"),
+        )
+
+    def _plan(
+        self, name: Coder, shape: Sequence[int], extent: tuple[int, int, int], memory: int | str, *, collected: bool
+    ) -> Budgeted:
+        way = self.way(name)
+
+        def peak(chunk: int, tile: tuple[int, int]) -> int:
+            return _peak(self.config, self.latent_std.dtype, name, tuple(shape), extent, chunk, tile, collected)
+
+        return choose(peak, extent, in_bytes(memory), chunks=way.streams or way.window is not None, sees=way.sees)
 
     def _encode(self, clip: Tensor, state: State) -> tuple[Posterior, State]:
         p = self.config.patch
@@ -338,14 +464,6 @@ class CausalVAE(nn.Module):
         return noisy.expand(latents.shape[0]) * self.time_scale.to(wide)
 
     def _decode(self, latents: Tensor, state: State, given: Given) -> tuple[Tensor, State]:
-        channels = self.config.latent_channels
-        if latents.shape[1] != channels:
-            raise ConfigError(f"the VAE has {channels} latent channels, got {latents.shape[1]}")
-        if not latents.numel():
-            raise ConfigError(f"there is nothing to decode in latents of shape {tuple(latents.shape)}, B C T H W")
-        looked_at = not (latents.requires_grad or latents.is_meta or torch.compiler.is_compiling())
-        if looked_at and not bool(latents.isfinite().all()):
-            raise ConfigError("latents must be finite, got NaN or infinity; the denoiser that made them overflowed")
         x = latents * self._per_channel(self.latent_std) + self._per_channel(self.latent_mean)
         x, state = self._through(self.decoder, x, state, given)
         p = self.config.patch
@@ -371,14 +489,105 @@ class CausalVAE(nn.Module):
     def _check_clip(self, clip: Tensor) -> None:
         if clip.shape[1] != 3 or not clip.shape[0]:
             raise ConfigError(f"a clip is B 3 T H W with B >= 1, got {tuple(clip.shape)}")
+        self._check_type(clip)
 
-    def _check_streams(self, name: Literal["encoder", "decoder"]) -> None:
+    def _check_latents(self, latents: Tensor) -> None:
+        channels = self.config.latent_channels
+        if latents.shape[1] != channels:
+            raise ConfigError(f"the VAE has {channels} latent channels, got {latents.shape[1]}")
+        if not latents.numel():
+            raise ConfigError(f"there is nothing to decode in latents of shape {tuple(latents.shape)}, B C T H W")
+        self._check_type(latents)
+        looked_at = not (latents.requires_grad or latents.is_meta or torch.compiler.is_compiling())
+        if looked_at and not bool(latents.isfinite().all()):
+            raise ConfigError("latents must be finite, got NaN or infinity; the denoiser that made them overflowed")
+
+    def _check_type(self, x: Tensor) -> None:
+        own = self.latent_std
+        if x.device != own.device:
+            raise ConfigError(
+                f"the autoencoder is on {own.device} and was given a tensor on {x.device}; move one of them"
+            )
+        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ConfigError(f"the autoencoder is of {own.dtype} and was given {x.dtype}; cast one of them")
+
+    def _check_streams(self, name: Coder) -> None:
         if found := obstacles(getattr(self.config, name), name):
             whole = {"encoder": "encode", "decoder": "decode"}[name]
             raise ConfigError(f"{found[0]}, so chunks would not give the whole clip's result; use {whole}()")
 
     def _per_channel(self, statistic: Tensor) -> Tensor:
         return statistic.view(1, -1, 1, 1, 1)
+
+
+def _tell(plan: Budgeted, extent: Sequence[int], doing: str, x: Tensor) -> None:
+    """Log a plan, after refusing inputs that want gradients."""
+    if x.requires_grad:
+        raise ConfigError(f"{doing} within a budget of memory leaves no gradients; pass detached tensors, or no memory")
+    parts = [] if plan.chunk == extent[0] else [f"{plan.chunk} of {extent[0]} latents at a time"]
+    if plan.tile != tuple(extent[1:]):
+        parts.append(f"tiles of {plan.tile[0]} x {plan.tile[1]} latents that overlap by {plan.overlap}")
+    said = f"{doing} {' in '.join(parts) or 'the whole clip'}, peak {readable(plan.peak)}"
+    if plan.exact:
+        LOG.info("%s", said)
+    else:
+        LOG.warning("%s; blended where they overlap, an approximation: the whole clip does not fit", said)
+
+
+@lru_cache(maxsize=4)
+def _twin(config: VAEConfig, dtype: torch.dtype) -> "CausalVAE":
+    with torch.device("meta"):
+        return CausalVAE(config).to(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _peak(
+    config: VAEConfig,
+    dtype: torch.dtype,
+    name: Coder,
+    shape: tuple[int, ...],
+    extent: tuple[int, int, int],
+    chunk: int,
+    tile: tuple[int, int],
+    collected: bool,
+) -> int:
+    """Return the peak of a plan's parts, and of its result, beside the weights and what is given."""
+    twin, decodes = _twin(config, dtype), name == "decoder"
+    B, t, pixels = shape[0], extent[0], config.spatial_stride
+
+    def weigh(cuts: Sequence[int], length: int) -> int:
+        clip = (
+            shape[2] if length == t else 1 + config.temporal_stride * (length - 1),
+            tile[0] * pixels,
+            tile[1] * pixels,
+        )
+        size = (B, config.latent_channels, length, *tile) if decodes else (B, 3, *clip)
+
+        def run() -> None:
+            x = torch.empty(size, dtype=dtype)
+            way = twin.way(name, Given(twin._decoder_time(x, None)) if decodes else Given())
+            for part in chunks(way, x, cuts):
+                del part
+
+        return peak_bytes(twin, run) - prod(size) * dtype.itemsize
+
+    way = twin.way(name)
+    if chunk >= t:
+        found = weigh([0, t], t)
+    elif way.streams:
+        n = min(chunk, t - 1)
+        found = weigh([0, 1, 1 + n], 1 + n)
+        if grows(config.decoder if decodes else config.encoder) and t > n + 1:
+            found += (weigh([0, 2, 2 + n], 2 + n) - found) * (t - 1 - n)
+    else:
+        assert way.window is not None
+        length = min(t, chunk + sum(way.window))
+        found = weigh([0, length], length)
+    whole = chunk >= t and tile == extent[1:]
+    if whole or not (collected or tile != extent[1:]):
+        return found
+    result = twin._clip_shape((B, 0, *extent)) if decodes else (B, 2 * config.latent_channels, *extent)
+    return found + prod(result) * dtype.itemsize
 
 
 @configuration

@@ -1,7 +1,8 @@
 """How much memory operations take, found by walking them with tensors that have shapes and no data.
 
 Every operation's results are weighed when they are made and given back when the last reference to them is gone, in the
-order in which eager PyTorch would. What kernels use inside themselves is not seen.
+order in which eager PyTorch would. What kernels use inside themselves is not seen, but for convolutions on a CPU: see
+`scratch_bytes`.
 """
 
 import weakref
@@ -15,7 +16,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Weighing", "peak_bytes"]
+__all__ = ["Weighing", "peak_bytes", "scratch_bytes"]
+
+LAST = torch.channels_last_3d
 
 
 class Weighing(TorchDispatchMode):
@@ -28,12 +31,16 @@ class Weighing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.replication_pad3d.default and args[0].is_contiguous(memory_format=LAST):
+            results = results.contiguous(memory_format=LAST)  # as real ones are; without data they are said not to be
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(results):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
                 if id(storage) not in given:
                     self._weigh(storage)
+        if func is torch.ops.aten.convolution.default:
+            self.peak = max(self.peak, self.alive + scratch_bytes(args[0], args[1], results))
         return results
 
     def _weigh(self, storage: torch.UntypedStorage) -> None:
@@ -47,6 +54,22 @@ class Weighing(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.alive -= size
+
+
+def scratch_bytes(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> int:
+    """Return what a convolution takes on a CPU while it runs, as measured (benchmarks/vae_memory.py).
+
+    In float64 the input of one sample is laid out, a column for each output. Else oneDNN copies the weight into its own
+    order; the input too if only the weight has channels last, or if, in float32, the kernel is a point in space; then also
+    the result if the kernel is longer in time.
+    """
+    if x.dtype == torch.float64:
+        return weight[0].numel() * result[0, 0].numel() * x.itemsize
+    points = x.dtype == torch.float32 and tuple(weight.shape[-2:]) == (1, 1)
+    longer = points and weight.ndim == 5 and weight.shape[2] > 1
+    last = LAST if weight.ndim == 5 else torch.channels_last
+    turned = weight.is_contiguous(memory_format=last) and not x.is_contiguous(memory_format=last)
+    return weight.nbytes + (x.nbytes if points or turned else 0) + (result.nbytes if longer else 0)
 
 
 def peak_bytes(model: nn.Module, run: Callable[[], Any]) -> int:

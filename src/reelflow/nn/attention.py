@@ -3,6 +3,9 @@
 Heads are normalised and rotated before they meet (`QKNorm`, `rope`); which token may see which is a boolean mask.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -10,11 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from reelflow.config import configuration
 from reelflow.nn.norm import Norm, RMSNorm, build_norm
 
-__all__ = ["QKNorm", "attend", "build_qk_norm", "merge_heads", "normed_heads", "split_heads"]
+__all__ = ["QKNorm", "attend", "attend_segments", "build_qk_norm", "merge_heads", "normed_heads", "split_heads"]
 
 SHORT = 1024  # tokens, the side of the largest score matrix that `_attend_short` takes
 
@@ -33,6 +37,39 @@ def attend(
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= SHORT**2:
         return merge_heads(_attend_short(q, k, v, mask))
     return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def attend_segments(
+    q: Sequence[Float[Tensor, "1 heads _ d"]],
+    k: Sequence[Float[Tensor, "1 heads _ d"]],
+    v: Sequence[Float[Tensor, "1 heads _ d"]],
+) -> list[Float[Tensor, "1 _ heads*d"]]:
+    """Attend within each segment, from its queries to its keys alone; where a segment has no keys, its queries get zero.
+
+    On a GPU in half precision this is one kernel for all segments. Elsewhere it is one call for each, which computes the
+    same pairs: no segment is padded, whatever the lengths.
+    """
+    if q[0].is_cuda and q[0].dtype in (torch.bfloat16, torch.float16):
+        return _attend_varlen(q, k, v)
+    return [
+        attend(*each) if each[1].shape[2] else torch.zeros_like(merge_heads(each[0]))
+        for each in zip(q, k, v, strict=True)
+    ]
+
+
+def _attend_varlen(q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+    """Attend through torch's kernel for sequences of different lengths, laid end to end."""
+    lengths, key_lengths = (tuple(part.shape[2] for part in parts) for parts in (q, k))
+    queries, keys, values = (torch.cat([part[0].transpose(0, 1) for part in parts]) for parts in (q, k, v))
+    bounds, key_bounds = (_bounds(each, queries.device) for each in (lengths, key_lengths))
+    out = varlen_attn(queries, keys, values, bounds, key_bounds, max(lengths), max(key_lengths))
+    assert isinstance(out, Tensor)
+    return list(out.flatten(1)[None].split(lengths, dim=1))
+
+
+@lru_cache(maxsize=8)  # each of a step's attentions asks for the same few
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,17 +2,20 @@
 
 The vector comes once for each *group* of tokens: one group is the whole clip (t per sample), one per frame (t per
 frame), or one per token. Groups are equal runs of tokens in scan order, so a per-frame vector serves every token of
-its frame. (AdaLN-zero: Peebles & Xie 2023, sec. 3.2.)
+its frame. (AdaLN-zero: Peebles & Xie 2023, sec. 3.2.) Where clips of several sizes share a row, groups are runs of any
+length, and `rows` names each token's group.
 """
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["Modulation", "Table", "gated", "modulate", "spread"]
+__all__ = ["Modulation", "Rows", "Table", "gated", "modulate", "spread"]
+
+Rows = Int[Tensor, " _"]  # of a vector with one row per group: which one a token goes by
 
 
 class Modulation(nn.Module):
@@ -46,23 +49,33 @@ class Table(nn.Module):
             yield chunks[index % len(chunks)] + row
 
 
-def spread(vector: Float[Tensor, "B groups D"], num_tokens: int) -> Float[Tensor, "B tokens_or_one D"]:
+def spread(
+    vector: Float[Tensor, "B groups D"], num_tokens: int, rows: Rows | None = None
+) -> Float[Tensor, "B tokens_or_one D"]:
     """Give each token its group's vector; a single group stays one row and broadcasts."""
     groups = vector.shape[1]
+    if rows is not None and groups > 1:
+        return F.embedding(rows, vector[0])[None]  # whose gradient is a sum in a fixed order
     return vector if groups in (1, num_tokens) else vector.repeat_interleave(num_tokens // groups, dim=1)
 
 
 def modulate(
-    x: Float[Tensor, "B N D"], shift: Float[Tensor, "B groups D"] | None, scale: Float[Tensor, "B groups D"]
+    x: Float[Tensor, "B N D"],
+    shift: Float[Tensor, "B groups D"] | None,
+    scale: Float[Tensor, "B groups D"],
+    rows: Rows | None = None,
 ) -> Float[Tensor, "B N D"]:
     """Return x * (1 + scale) + shift; the shift may be left out."""
     if shift is None:
-        return x * spread(1 + scale, x.shape[1])
-    return torch.addcmul(spread(shift, x.shape[1]), x, spread(1 + scale, x.shape[1]))
+        return x * spread(1 + scale, x.shape[1], rows)
+    return torch.addcmul(spread(shift, x.shape[1], rows), x, spread(1 + scale, x.shape[1], rows))
 
 
 def gated(
-    x: Float[Tensor, "B N D"], gate: Float[Tensor, "B groups D"], branch: Float[Tensor, "B N D"]
+    x: Float[Tensor, "B N D"],
+    gate: Float[Tensor, "B groups D"],
+    branch: Float[Tensor, "B N D"],
+    rows: Rows | None = None,
 ) -> Float[Tensor, "B N D"]:
     """Return the residual sum x + gate * branch."""
-    return torch.addcmul(x, spread(gate, x.shape[1]).to(x.dtype), branch.to(x.dtype))
+    return torch.addcmul(x, spread(gate, x.shape[1], rows).to(x.dtype), branch.to(x.dtype))

@@ -18,9 +18,11 @@ the context's keys and values.
 
 **Positions.** A rotary table turns queries and keys by their own (t, h, w) before they come here. Scores depend on
 differences of positions, so one table of the whole grid serves every pattern.
+
+**Rows of clips.** Clips of any grids may share a row, as `Segments` say. Each then attends by itself, under any pattern.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
@@ -32,7 +34,7 @@ from torch import Tensor
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.nn.attention import attend
+from reelflow.nn.attention import attend, attend_segments
 from reelflow.nn.patchify import Grid
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Gated",
     "KVCache",
     "Pattern",
+    "Segments",
     "Skip",
     "Space",
     "Time",
@@ -171,12 +174,29 @@ class KVCache:
     context_length: int
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Clips that share one row: the context tokens of all, clip by clip, then the video tokens of all in the same order."""
+
+    context: tuple[int, ...]  # tokens of each clip's context
+    grids: tuple[Grid, ...]
+
+    @property
+    def video(self) -> list[int]:
+        """Tokens of each clip."""
+        return [grid.num_tokens for grid in self.grids]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.video)
+
+
 def attend_pattern(
     pattern: Pattern,
     q: Float[Tensor, "B heads Q d"],
     k: Float[Tensor, "B heads M d"],
     v: Float[Tensor, "B heads M d"],
-    grid: Grid,
+    grid: Grid | Segments,
     *,
     mask: Mask | None = None,
     alpha: Float[Tensor, "#B #N #heads"] | None = None,
@@ -184,11 +204,14 @@ def attend_pattern(
     """Attend under a pattern, heads side by side.
 
     Keys are [context, video]; queries too, or of the video alone when nobody will read the context's. `mask` is True
-    where a key may be seen by all; a query that sees none gets zero. `alpha` is what `Gated` mixes by.
+    where a key may be seen by all; a query that sees none gets zero. `alpha` is what `Gated` mixes by. Of `Segments`
+    each clip sees itself and its context alone, and nothing is masked.
 
     Raises:
         ConfigError: the pattern does not fit the grid, or `Gated` is given no alpha.
     """
+    if isinstance(grid, Segments):
+        return _attend_clips(pattern, q, k, v, grid, alpha)
     if isinstance(pattern, Full):
         return attend(q, k, v, mask=mask)
     if isinstance(pattern, Causal):
@@ -298,6 +321,36 @@ def attended_pairs(pattern: Pattern, grid: Grid, context_length: int = 0, *, con
     if not context_queries:
         return pairs
     return pairs + context_length * (context_length + (0 if isinstance(pattern, Causal) else n))
+
+
+def _attend_clips(
+    pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, clips: Segments, alpha: Tensor | None
+) -> Float[Tensor, "1 Q D"]:
+    """Attend within each clip of a row, and put what comes out in the row's order."""
+    qs, ks, vs = (_clips(x, clips, dim=2) for x in (q, k, v))
+    if isinstance(pattern, Full):
+        found = attend_segments(qs, ks, vs)
+    else:
+        count = len(clips.grids)
+        alphas = [alpha] * count if alpha is None or alpha.shape[1] == 1 else alpha.split(clips.video, dim=1)
+        rows = zip(qs, ks, vs, clips.grids, alphas, strict=True)
+        found = [attend_pattern(pattern, a, b, c, grid, alpha=own) for a, b, c, grid, own in rows]
+    if q.shape[2] == clips.num_tokens:
+        return torch.cat(found, dim=1)
+    cuts = [
+        part.split([length, part.shape[1] - length], dim=1) for part, length in zip(found, clips.context, strict=True)
+    ]
+    return torch.cat([part for stream in zip(*cuts, strict=True) for part in stream], dim=1)
+
+
+def _clips(x: Tensor, clips: Segments, *, dim: int) -> Sequence[Tensor]:
+    """Cut a row into its clips, each with its context, if the row has any, before it."""
+    length = x.shape[dim] - clips.num_tokens
+    if not length:
+        return x.split(clips.video, dim=dim)
+    contexts, videos = x.split([length, clips.num_tokens], dim=dim)
+    pairs = zip(contexts.split(list(clips.context), dim=dim), videos.split(clips.video, dim=dim), strict=True)
+    return [torch.cat(pair, dim=dim) for pair in pairs]
 
 
 def _attend_video(

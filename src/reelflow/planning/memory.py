@@ -1,27 +1,20 @@
-"""How much memory a transformer's activations take, found by walking it with tensors that have shapes and no data.
+"""How much memory a transformer's activations take, found by walking it (`reelflow.models.weighing`)."""
 
-Every operation's results are weighed when they are made and given back when the last reference to them is gone, in the
-order in which eager PyTorch would. What kernels use inside themselves is not seen.
-"""
-
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from reelflow.models.blocks import BranchesBlock, DualBlock, Layer, SelfAttention
 from reelflow.models.condition import Condition, Source
 from reelflow.models.context import Sources
 from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.weighing import Weighing
 from reelflow.nn.patchify import token_grid
 
-__all__ = ["DiTMemory", "Weighing", "dit_memory", "example", "repeats"]
+__all__ = ["DiTMemory", "dit_memory", "example", "repeats"]
 
 
 @dataclass(frozen=True)
@@ -32,37 +25,6 @@ class DiTMemory:
     inference: int  # activations of a forward without gradients
     training: int  # of a forward and a backward, the gradients of the weights among them
     keys_values: int  # of the clip's tokens in all layers: what a cache would hold
-
-
-class Weighing(TorchDispatchMode):
-    """Weigh the tensors that operations make while it is entered: bytes `alive`, and their `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in tree_leaves(results):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if id(storage) not in given:
-                    self._weigh(storage)
-        return results
-
-    def _weigh(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.alive -= size
 
 
 def example(

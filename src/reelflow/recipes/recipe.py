@@ -6,6 +6,7 @@
     RUN/vae/            the autoencoder's training
     RUN/latents/        every clip's posterior and text features
     RUN/dit/            the transformer's training
+    RUN/adapter/        what was learned, in PEFT's format (recipes of an adapter)
     RUN/model/          the finished model
 
 Each stage is finished or continued, never done twice: killed at any moment, the same command goes on.
@@ -18,14 +19,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reelflow.conditioning.labels import ClassWords
@@ -33,24 +35,39 @@ from reelflow.conditioning.sentences import Sentences
 from reelflow.conditioning.text import HashedWords, words_of
 from reelflow.config import configuration, to_dict
 from reelflow.data.folder import ClipSpec
-from reelflow.data.loader import ShuffledBatches
-from reelflow.data.store import Store, build_clip_store, write_store
+from reelflow.data.loader import Buckets, Packed, Plan, ShuffledBatches
+from reelflow.data.store import Store, Stores, build_clip_store, write_store
 from reelflow.data.video import write_contact_sheet
 from reelflow.data.worlds import World, render_world, split_combinations
 from reelflow.diffusion.timesteps import shift_for
 from reelflow.errors import ConfigError, DataError
-from reelflow.generation.pipeline import ModelCard, Pipeline, to_frames
+from reelflow.evaluation.perceptual import efficientnet_lite0, pyramid_distance
+from reelflow.evaluation.rebuilt import measure_rebuilt
+from reelflow.families.adapters import save_adapter
+from reelflow.generation.pipeline import ModelCard, Pipeline, read_card, to_frames
 from reelflow.generation.sampling import Sampling
+from reelflow.models.adapters import LoRA, merge, new_adapter
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.inflate import inflate, inflated
+from reelflow.models.linear import fit_linear, is_linear
 from reelflow.models.vae import CausalVAE, Posterior, VAEConfig
-from reelflow.models.weights import load_weights
-from reelflow.planning.cost import dit_cost, vae_cost
-from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
-from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
+from reelflow.models.weights import load_weights, write_tensors
+from reelflow.planning.cost import vae_cost
+from reelflow.training.adapter import AdapterTask
+from reelflow.training.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderTask,
+    Reference,
+    draw_crops,
+    frame_latents,
+    to_float,
+)
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, clip_sizes, inner_matrix
 from reelflow.training.loop import TrainingConfig, train
+from reelflow.training.meters import RunLog
 
-__all__ = ["AutoencoderStage", "FolderData", "Recipe", "TransformerStage", "WorldData", "run"]
+__all__ = ["AutoencoderStage", "FolderData", "Recipe", "TransformerStage", "WorldData", "run", "train_autoencoder"]
 
 
 @configuration
@@ -75,26 +92,68 @@ class FolderData:
 
 @configuration
 class AutoencoderStage:
-    """The autoencoder: trained here, or taken from another model's folder."""
+    """The autoencoder: trained here, or taken from another model's folder and, if tuned, trained on.
+
+    One of images is inflated (`reelflow.models.inflate`) where `model` is what comes of it.
+
+    Raises:
+        ConfigError: the loss needs a pretrained autoencoder, and there is none.
+    """
 
     model: VAEConfig
     loss: AutoencoderConfig
     training: TrainingConfig
-    pretrained: str | None = None  # a run or model folder; then nothing is trained
+    pretrained: str | None = None  # a run or model folder
+    tuned: bool = False  # whether the pretrained one is trained on
+    perceptual: Literal["pyramid", "efficientnet-lite0"] = "pyramid"  # the distance on curves and in the loss
+    start: Literal["random", "linear"] = (
+        "random"  # "linear": a projection fitted to the clips (`reelflow.models.linear`)
+    )
+
+    def __post_init__(self) -> None:
+        if self.start == "linear" and (self.pretrained is not None or not is_linear(self.model)):
+            raise ConfigError("vae.start=linear fits the projection of an autoencoder built by reelflow.models.linear")
+        if self.pretrained is not None and self.tuned:
+            return
+        for name, asked in {"tuned": self.tuned, "learned": self.loss.learned == "decoder"}.items():
+            if asked:
+                raise ConfigError(f"vae.{name} is about an autoencoder that exists; set vae.pretrained and vae.tuned")
+        if self.loss.identity:
+            raise ConfigError(
+                "vae.loss.identity keeps the latents of a pretrained one; set vae.pretrained and vae.tuned"
+            )
 
 
 @configuration
 class TransformerStage:
-    """The transformer over the autoencoder's latents."""
+    """The transformer over the autoencoder's latents: trained from scratch, or a pretrained one trained on.
+
+    With an adapter, that alone is learned, by AdamW; the finished model has it in its weights.
+
+    Raises:
+        ConfigError: there is an adapter, but nothing pretrained.
+    """
 
     model: DiTConfig
     flow: FlowConfig
     training: TrainingConfig
+    pretrained: str | None = None  # a run or model folder
+    adapter: LoRA | None = None
+    batches: Packed | Buckets | None = None  # how clips of several shapes make batches, in place of training.batch_size
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.pretrained is None:
+            raise ConfigError(
+                "an adapter changes a transformer that exists; set dit.pretrained, or leave dit.adapter out"
+            )
 
 
 @configuration
 class Recipe:
     """All that a run depends on.
+
+    The transformer also learns clips of the shapes in `also`. A video gives clips of every shape, of these and `clip`, that
+    has the proportions nearest its own; the autoencoder, validation and samples know `clip` alone.
 
     Raises:
         ConfigError: the parts do not fit each other.
@@ -106,14 +165,21 @@ class Recipe:
     text: HashedWords | ClassWords | Sentences
     dit: TransformerStage
     sampling: Sampling
+    also: tuple[ClipSpec, ...] = ()  # at the frame rate of `clip`
 
     def __post_init__(self) -> None:
-        latents = self.vae.model.latent_shape(self.clip.num_frames, self.clip.height, self.clip.width)
-        dit_cost(self.dit.model, latents[1:], self.text.context_tokens)
+        self._check_shapes()
         for name, need in {"in_channels": self.vae.model.latent_channels, **self.text.doors}.items():
             have = getattr(self.dit.model, name)
             if have != need:
                 raise ConfigError(f"dit.model.{name} must be {need} to fit the rest of the recipe, got {have}")
+        if self.dit.pretrained is not None and (
+            self.vae.pretrained is None or (self.vae.tuned and self.vae.loss.learned == "all")
+        ):
+            raise ConfigError(
+                "a pretrained transformer knows the latents of its own autoencoder; set "
+                f"vae.pretrained={self.dit.pretrained} and vae.tuned=false"
+            )
         flow, card = self.dit.flow, self.card()
         for num_frames in (self.clip.num_frames, *([1] if flow.image_fraction else [])):
             shift_for(flow.shift, card.num_tokens(num_frames))
@@ -121,6 +187,37 @@ class Recipe:
             raise ConfigError(
                 f"guidance needs an unconditional branch, but dit.flow.condition_dropout is 0 and sampling.guidance_scale "
                 f"{self.sampling.guidance_scale}; nearest: a condition_dropout of 0.1, or a guidance_scale of 1"
+            )
+
+    def latent_shape(self, clip: ClipSpec) -> tuple[int, int, int]:
+        """Return the latent frames, rows and columns of clips."""
+        _, *extents = self.vae.model.latent_shape(clip.num_frames, clip.height, clip.width)
+        return extents[0], extents[1], extents[2]
+
+    def _check_shapes(self) -> None:
+        sizes = clip_sizes(
+            self.dit.model,
+            list(map(self.latent_shape, (self.clip, *self.also))),
+            context_tokens=self.text.context_tokens,
+        )
+        largest, batches = max(size.tokens for size in sizes), self.dit.batches
+        if self.also and batches is None:
+            raise ConfigError(
+                f"clips of {1 + len(self.also)} shapes need dit.batches; nearest: {{kind: packed, tokens: {largest}}}"
+            )
+        if batches is not None and batches.tokens < largest:
+            raise ConfigError(
+                f"a batch of {batches.tokens} tokens cannot hold a clip of {largest}; nearest: dit.batches.tokens={largest}"
+            )
+        if any(clip.fps != self.clip.fps for clip in self.also):
+            rates = ", ".join(f"{clip.fps:g}" for clip in self.also)
+            raise ConfigError(f"clips of all shapes have the frame rate of clip, {self.clip.fps:g}; also has {rates}")
+        for size in sizes:
+            shift_for(self.dit.flow.shift, size.tokens - self.text.context_tokens)
+        if self.dit.flow.tells:
+            raise ConfigError(
+                "a network that is told of shapes needs to be told when it samples, which a recipe's does not; "
+                "nearest: dit.flow.tells=[]"
             )
 
     def card(self, words: tuple[str, ...] = ()) -> ModelCard:
@@ -155,6 +252,19 @@ def run(recipe: Recipe, folder: Path, *, console: Console | None = None) -> Run:
     return _Runner(recipe, folder, console or Console()).go()
 
 
+def train_autoencoder(recipe: Recipe, folder: Path, *, console: Console | None = None) -> Path | None:
+    """Carry out `recipe` up to its autoencoder and return the file of its weights, or None if it was interrupted.
+
+    `run` goes on from there.
+
+    Raises:
+        ConfigError: as `run`.
+        DataError: as `run`.
+    """
+    runner = _Runner(recipe, folder, console or Console())
+    return None if runner.autoencoder() is None else folder / "vae" / "final.safetensors"
+
+
 class Clips(NamedTuple):
     """Some rows of a store of clips."""
 
@@ -178,7 +288,9 @@ class _Runner:
         vae = self._autoencoder(learned, unseen)
         if vae is None:
             return Run(self.folder, None, self._seconds())
-        latents, unseen_latents = self._latents(vae, learned, "latents"), self._latents(vae, unseen, "latents_unseen")
+        unseen_latents = self._latents(vae, unseen, "latents_unseen")
+        shapes = {"latents": learned, **{f"latents_{k}": each for k, each in enumerate(self._also(unseen), start=1)}}
+        latents = Stores([self._latents(vae, clips, name) for name, clips in shapes.items()])
         if not model.exists():
             dit = self._transformer(vae, latents, unseen_latents)
             if dit is None:
@@ -188,7 +300,13 @@ class _Runner:
 
     def _card(self, captions: list[str]) -> ModelCard:
         words = {word for caption in captions for word in words_of(caption)}
+        if self.recipe.dit.pretrained is not None:
+            words.update(read_card(Path(self.recipe.dit.pretrained)).words)
         return self.recipe.card(tuple(sorted(words)))
+
+    def autoencoder(self) -> CausalVAE | None:
+        self._claim()
+        return self._autoencoder(*self._clips())
 
     # The folder, and what has been spent in it
 
@@ -244,6 +362,23 @@ class _Runner:
         order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))
         return Clips(store, order[data.num_validation :]), Clips(store, order[: data.num_validation])
 
+    def _also(self, unseen: Clips) -> list[Clips]:
+        """Return the clips of the other shapes, but of videos from which clips are set aside."""
+        data, found = self.recipe.data, []
+        world = isinstance(data, WorldData)
+        videos = self.folder / "videos" if isinstance(data, WorldData) else Path(data.folder)
+        aside = set() if world else {unseen.store.meta(row)["file"] for row in unseen.rows.tolist()}
+        for number, spec in enumerate(self.recipe.also, start=1):
+            store = self._decoded(videos, f"clips_{number}", spec)
+            rows = [row for row in range(len(store)) if store.meta(row)["file"] not in aside]
+            if not rows:
+                raise DataError(
+                    f"every video of {videos} that gives clips of {spec.width}x{spec.height} has clips set aside; leave "
+                    f"that shape out of also, or add videos"
+                )
+            found.append(Clips(store, torch.tensor(rows)))
+        return found
+
     def _render(self, data: WorldData) -> None:
         learned, held_out = split_combinations(seed=data.seed)
         parts = (("videos", data.num_clips, learned, 0), ("videos_unseen", data.num_validation, held_out, 1))
@@ -263,9 +398,11 @@ class _Runner:
                 )
             partial.rename(target)
 
-    def _decoded(self, videos: Path, name: str) -> Store:
+    def _decoded(self, videos: Path, name: str, spec: ClipSpec | None = None) -> Store:
+        recipe, spec = self.recipe, spec or self.recipe.clip
+        among = (recipe.clip, *recipe.also) if recipe.also else ()
         with self._stage("decode", f"decoding {videos.name}") as on_file:
-            report = build_clip_store(videos, self.recipe.clip, self.folder / name, on_file=on_file)
+            report = build_clip_store(videos, spec, self.folder / name, among=among, on_file=on_file)
         for reason in report.rejected:
             self.console.print(f"skipped {reason}", highlight=False)
         return Store.open(self.folder / name)
@@ -275,47 +412,39 @@ class _Runner:
     def _autoencoder(self, learned: Clips, unseen: Clips) -> CausalVAE | None:
         """Return the trained autoencoder, or None when training was interrupted."""
         stage, final = self.recipe.vae, self.folder / "vae" / "final.safetensors"
-        if stage.pretrained is not None:
-            pretrained = Pipeline.load(Path(stage.pretrained))
-            if pretrained.card.vae != stage.model:
-                raise ConfigError(
-                    f"the autoencoder of {stage.pretrained} has another shape than vae.model; copy its configuration"
-                )
-            return pretrained.vae
-        torch.manual_seed(stage.training.seed)
-        vae = CausalVAE(stage.model)
+        if stage.pretrained is None:
+            torch.manual_seed(stage.training.seed)
+            vae, reference = CausalVAE(stage.model), None
+        else:
+            vae, reference = self._pretrained(stage.pretrained)
+            if not stage.tuned:
+                return vae
         if final.is_file():
             load_weights(final, vae)
             return vae.eval()
-        if not stage.model.encoder:  # pixels, which have nothing to learn
+        if stage.start == "linear":
+            with self._stage("autoencoder", "fitting a projection"):
+                fit_linear(vae, (to_float(learned.store.batch("frames", part)) for part in _spread(learned, 512)))
+        if not any(weight.requires_grad for weight in vae.parameters()):  # pixels, or a projection alone
             vae.eval()
-            with self._stage("encode", "measuring the pixels"):
+            with self._stage("encode", "measuring the latents"):
                 self._fit_statistics(vae, learned)
             final.parent.mkdir(exist_ok=True)
+            if stage.start == "linear":
+                self._report(self._task(vae, unseen, reference))
             _write_tensors(final, vae)
             return vae
-        validation = unseen.store.batch("frames", unseen.rows[:32])
-        cost = vae_cost(stage.model, stage.loss.crop_frames, stage.loss.crop_size, stage.loss.crop_size)
-
-        def preview(folder: Path, step: int) -> None:
-            shown = to_float(validation[:4])
-            pairs = torch.stack([shown, vae.decode(vae.encode(shown).mean).float()], dim=1).flatten(0, 1)
-            write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in pairs], columns=6)
-
-        task = AutoencoderTask(
-            vae,
-            stage.loss,
-            validation=validation,
-            flops_per_sample=3.0 * (cost.encode_flops + cost.decode_flops),
-            previewer=preview,
-        )
+        task = self._task(vae, unseen, reference)
         self.console.rule("autoencoder")
-        ends = {"encoder.0.", f"encoder.{len(vae.encoder) - 1}.", "decoder.0.", f"decoder.{len(vae.decoder) - 1}."}
+        num_batches = stage.training.steps * stage.training.accumulate
         with ShuffledBatches(
             len(learned.rows),
             stage.training.batch_size,
             lambda rows, generator: draw_crops(
-                learned.store.batch("frames", learned.rows[rows]), stage.loss, generator
+                learned.store.batch("frames", learned.rows[rows]),
+                stage.loss,
+                generator,
+                progress=batches.consumed / num_batches,  # of this very batch, as none is read ahead
             ),
             seed=stage.training.seed,
             prefetch=0,  # a second pool of threads would cost a tenth of a step; the crops take less
@@ -325,24 +454,75 @@ class _Runner:
                 batches,
                 stage.training,
                 self.folder / "vae",
-                hidden=lambda name, weight: weight.ndim >= 2 and not name.startswith(tuple(ends)),
+                hidden=task.hidden,
                 console=self.console,
             )
         self._spent("autoencoder", result.seconds)
         if result.interrupted:
             return None
-        load_weights(_best_weights(result.checkpoint), vae)
+        load_weights(_best_weights(result.checkpoint), task.model)
         vae.eval()
-        with self._stage("encode", "measuring the latents"):
-            self._fit_statistics(vae, learned)
+        if stage.loss.learned == "all":
+            with self._stage("encode", "measuring the latents"):
+                self._fit_statistics(vae, learned)
         _write_tensors(final, vae)
         return vae
 
+    def _task(self, vae: CausalVAE, unseen: Clips, reference: Reference | None) -> AutoencoderTask:
+        stage = self.recipe.vae
+        validation = unseen.store.batch("frames", unseen.rows[:32])
+        cost = vae_cost(stage.model, stage.loss.crop_frames, stage.loss.crop_size, stage.loss.crop_size)
+
+        def preview(folder: Path, step: int) -> None:
+            shown = to_float(validation[:4])
+            pairs = torch.stack([shown, vae.decode(vae.encode(shown).mean).float()], dim=1).flatten(0, 1)
+            write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in pairs], columns=6)
+
+        perceptual = efficientnet_lite0() if stage.perceptual == "efficientnet-lite0" else pyramid_distance
+        return AutoencoderTask(
+            vae,
+            stage.loss,
+            validation=validation,
+            flops_per_sample=3.0 * (cost.encode_flops + cost.decode_flops),
+            perceptual=perceptual,
+            reference=reference,
+            measure=partial(measure_rebuilt, perceptual=perceptual),
+            previewer=preview,
+        )
+
+    def _report(self, task: AutoencoderTask) -> None:
+        """Log how well an autoencoder that needs no training rebuilds unseen clips."""
+        with torch.no_grad():
+            values = task.validate(torch.Generator())
+        log = RunLog(self.folder / "vae", resumed_from=0)
+        log.write(0, "validation", values)
+        log.close()
+        self.console.print(f"unseen clips rebuilt at {values['psnr']:.2f} dB", highlight=False)
+
+    def _pretrained(self, path: str) -> tuple[CausalVAE, Reference]:
+        """Return the autoencoder of a folder, inflated if need be, and a function to its latents of single frames."""
+        stage, found = self.recipe.vae, Pipeline.load(Path(path))
+        own, vae = found.card.vae, found.vae
+        reference = frame_latents(deepcopy(vae).eval(), stage.model.temporal_stride)
+        if own != stage.model:
+            halvings = stage.model.temporal_stride.bit_length() - 1
+            try:
+                fits = inflated(own, halvings=halvings) == stage.model
+            except ConfigError:
+                fits = False
+            if not fits:
+                raise ConfigError(
+                    f"the autoencoder of {path} has another shape than vae.model; copy its configuration, or inflate it"
+                )
+            vae = inflate(vae, halvings=halvings)
+        return vae.eval(), reference
+
     def _fit_statistics(self, vae: CausalVAE, clips: Clips) -> None:
         """Measure the latents' mean and std over (at most 256) clips, and give them to the autoencoder."""
-        rows = clips.rows[torch.linspace(0, len(clips.rows) - 1, min(256, len(clips.rows))).long()]
         with torch.no_grad(), self._autocast(self.recipe.vae.training):
-            means = [vae.encode(to_float(clips.store.batch("frames", part))).mean.float() for part in rows.split(8)]
+            means = [
+                vae.encode(to_float(clips.store.batch("frames", part))).mean.float() for part in _spread(clips, 256)
+            ]
         values = torch.cat(means).transpose(0, 1).flatten(1)
         vae.set_statistics(values.mean(1), values.std(1))
 
@@ -383,15 +563,15 @@ class _Runner:
 
     # The transformer
 
-    def _transformer(self, vae: CausalVAE, latents: Store, unseen: Store) -> VideoDiT | None:
+    def _transformer(self, vae: CausalVAE, latents: Stores, unseen: Store) -> VideoDiT | None:
         """Return the trained transformer, or None when training was interrupted."""
         stage = self.recipe.dit
         torch.manual_seed(stage.training.seed)
-        dit = VideoDiT(stage.model)
-        shape = self.recipe.vae.model.latent_shape(
-            self.recipe.clip.num_frames, self.recipe.clip.height, self.recipe.clip.width
+        dit = VideoDiT(stage.model) if stage.pretrained is None else self._pretrained_transformer(stage.pretrained)
+        shapes = [latents.shape("mean", row) for row in range(len(latents))]
+        sizes = clip_sizes(
+            stage.model, [(t, h, w) for _, t, h, w in shapes], context_tokens=self.recipe.text.context_tokens
         )
-        cost = dit_cost(stage.model, shape[1:], self.recipe.text.context_tokens)
 
         def preview(folder: Path, step: int) -> None:
             prompts = [str(unseen.meta(row)["caption"]) for row in range(min(4, len(unseen)))]
@@ -405,19 +585,29 @@ class _Runner:
             stored: dict[str, Any] = {name: store.batch(name, rows) for name in _parts(null)}
             return LatentBatch(posterior, Condition(**stored))
 
-        task = FlowTask(
+        def collate(rows: Tensor, _: torch.Generator) -> LatentBatch | list[LatentBatch]:
+            stores, own = zip(*map(latents.place, rows.tolist()), strict=True)
+            if isinstance(stage.batches, Packed):
+                return [batch(store, torch.tensor([row])) for store, row in zip(stores, own, strict=True)]
+            return batch(stores[0], torch.tensor(own))
+
+        flow = FlowTask(
             dit,
             stage.flow,
             null=null,
             validation=batch(unseen, torch.arange(min(32, len(unseen)))),
-            flops_per_sample=3.0 * cost.flops,
+            flops_per_sample=sum(size.flops for size in sizes) / len(sizes),
             previewer=preview,
         )
+        task: FlowTask | AdapterTask = flow
+        if stage.adapter is not None:
+            generator = torch.Generator().manual_seed(stage.training.seed)
+            task = AdapterTask(flow, new_adapter(dit, stage.adapter, generator))
         self.console.rule("transformer")
         with ShuffledBatches(
             len(latents),
-            stage.training.batch_size,
-            lambda rows, _: batch(latents, rows),
+            stage.training.batch_size if stage.batches is None else Plan(stage.batches, sizes),
+            collate,
             seed=stage.training.seed,
             prefetch=0,  # a millisecond, less than a second pool of threads would cost
         ) as batches:
@@ -426,14 +616,37 @@ class _Runner:
                 batches,
                 stage.training,
                 self.folder / "dit",
-                hidden=inner_matrix,
+                hidden=inner_matrix if stage.adapter is None else lambda name, weight: False,
                 console=self.console,
             )
         self._spent("transformer", result.seconds)
         if result.interrupted:
             return None
-        load_weights(_best_weights(result.checkpoint), dit)
+        load_weights(_best_weights(result.checkpoint), task.model)
+        if isinstance(task, AdapterTask):
+            task.applied.undo()
+            shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of a run that was killed before its model
+            save_adapter(task.model.adapter, dit, self.folder / "adapter")
+            merge(dit, [(task.model.adapter, 1.0)])
         return dit.eval()
+
+    def _pretrained_transformer(self, path: str) -> VideoDiT:
+        """Return the transformer of a folder, once it fits the recipe.
+
+        Raises:
+            ConfigError: it has another shape, or reads other text.
+        """
+        found = Pipeline.load(Path(path))
+        own = {"dit.model": found.card.dit, "text": found.card.text, "vae.model": found.card.vae}
+        asked = {"dit.model": self.recipe.dit.model, "text": self.recipe.text, "vae.model": self.recipe.vae.model}
+        if other := [name for name in own if own[name] != asked[name]]:
+            raise ConfigError(f"{', '.join(other)} of {path} differ from the recipe's; copy them")
+        return found.dit
+
+
+def _spread(clips: Clips, most: int) -> tuple[Tensor, ...]:
+    """Return at most so many rows, spread over all, in batches of 8."""
+    return clips.rows[torch.linspace(0, len(clips.rows) - 1, min(most, len(clips.rows))).long()].split(8)
 
 
 def _best_weights(checkpoint: Path) -> Path:
@@ -478,5 +691,5 @@ def write_json(path: Path, values: object) -> None:
 
 def _write_tensors(path: Path, model: CausalVAE) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, partial)
+    write_tensors({name: value.detach().contiguous() for name, value in model.state_dict().items()}, partial)
     os.replace(partial, path)

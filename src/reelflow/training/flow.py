@@ -4,12 +4,16 @@ One draw of t per clip; in a share of the batches the first latent frames are gi
 teaches image-to-video and continuation, and in another share only frame 0 is used, which is an image. Text is dropped
 now and then, so that guidance has an unconditional branch.
 
+A batch is clips of one shape, or a sequence of single clips of any shapes, which go through the network as one row
+(`reelflow.models.packing`). Every clip of a row has its own draws, the same as if it came alone, and counts once in the
+loss, whatever its size.
+
 At t = 1 every process has the data itself and no noise. A published table of steps is no exception: its step 0, which
 still has some, stands before t = 1, so a given frame is one that no step has reached.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reelflow.config import configuration
+from reelflow.data.loader import Size
 from reelflow.diffusion.process import (
     Parameterization,
     Process,
@@ -31,13 +36,15 @@ from reelflow.diffusion.weighting import Uniform, Weighting, loss_weight, variat
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Gate
 from reelflow.models.condition import Condition
-from reelflow.models.dit import VideoDiT
+from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.packing import Clip, ShapeNumber, pack, shape_numbers
 from reelflow.models.vae import Posterior
 from reelflow.nn.patchify import token_grid
+from reelflow.planning.cost import dit_cost
 from reelflow.training.loop import Loss
 from reelflow.training.meters import BinnedMean
 
-__all__ = ["FlowConfig", "FlowTask", "LatentBatch", "inner_matrix"]
+__all__ = ["FlowConfig", "FlowTask", "LatentBatch", "clip_sizes", "inner_matrix"]
 
 NUM_BINS = 8
 LAST_TIME = 1 - 2**-24  # the last of float32 before 1, which is for what is given
@@ -60,6 +67,7 @@ class FlowConfig:
     given_fraction: float = 0.2  # share of batches whose first latent frames are given
     max_given: int = 2  # latent frames
     image_fraction: float = 0.0  # share of batches cut to frame 0
+    tells: tuple[ShapeNumber, ...] = ()  # of a clip's shape, which the network is told as its first numbers
 
     def __post_init__(self) -> None:
         for name in ("condition_dropout", "given_fraction", "image_fraction"):
@@ -77,6 +85,17 @@ class LatentBatch:
 
     posterior: Posterior
     condition: Condition
+
+
+def clip_sizes(config: DiTConfig, shapes: Sequence[tuple[int, int, int]], *, context_tokens: int) -> list[Size]:
+    """Return what clips of latent extents (t, h, w) take, for a `Plan` of batches.
+
+    Raises:
+        ConfigError: as `dit_cost`.
+    """
+    costs = {shape: dit_cost(config, shape, context_tokens) for shape in set(shapes)}
+    found = {shape: Size(shape, cost.num_tokens + context_tokens, 3.0 * cost.flops) for shape, cost in costs.items()}
+    return [found[shape] for shape in shapes]
 
 
 def inner_matrix(name: str, weight: Tensor) -> bool:
@@ -101,7 +120,7 @@ class FlowTask:
         config: FlowConfig,
         *,
         null: Condition,
-        validation: LatentBatch,
+        validation: LatentBatch | Sequence[LatentBatch],
         flops_per_sample: float = 0.0,
         previewer: Callable[[Path, int], None] | None = None,
     ) -> None:
@@ -109,6 +128,11 @@ class FlowTask:
             raise ConfigError(
                 f"a patch of {model.config.patch.t} latent frames has no frame alone: "
                 f"set given_fraction and image_fraction to 0, or patch.t to 1"
+            )
+        if len(config.tells) > len(model.config.numbers):
+            raise ConfigError(
+                f"a network of {len(model.config.numbers)} numbers cannot be told {', '.join(config.tells)}; "
+                f"nearest: {len(config.tells)} in its numbers, or tells=()"
             )
         self.model = model
         self.config = config
@@ -118,7 +142,43 @@ class FlowTask:
         self.flops_per_sample = flops_per_sample
         self.previewer = previewer
 
-    def loss(self, batch: LatentBatch, generator: torch.Generator) -> Loss:
+    def loss(self, batch: LatentBatch | Sequence[LatentBatch], generator: torch.Generator) -> Loss:
+        draws = [self._draw(part, generator) for part in _parts(batch)]
+        errors, bounds = self._errors(draws, packed=not isinstance(batch, LatentBatch))
+        t = torch.cat([draw.t for draw in draws])
+        weights = loss_weight(self.config.weighting, self.space.process, self.space.prediction, t)
+        value, parts = (weights.to(errors) * errors).mean(), _alphas(self.model)
+        if bounds is not None:
+            parts |= {"error": value, "bound": bounds.mean()}
+            value = value + BOUND_SHARE * parts["bound"]
+        num_tokens = sum(len(draw.t) * self._num_tokens(draw.latents) for draw in draws)
+        return Loss(value, parts, num_tokens=num_tokens, num_samples=len(t))
+
+    def validate(self, generator: torch.Generator) -> dict[str, Any]:
+        """Return the unweighted error on fixed latents and noise: its mean, and its mean and error in bins of t."""
+        parts = [(part.posterior.sample(generator), part.condition) for part in _parts(self.validation)]
+        bins = BinnedMean(NUM_BINS)
+        for index in range(NUM_BINS):
+            drawn, draws = [], []
+            for latents, condition in parts:
+                t = (index + torch.rand(latents.shape[0], generator=generator)) / NUM_BINS
+                drawn.append(t)
+                draws.append(self._mixed(latents, _on_table(self.space.process, t), condition, generator, 0))
+            packed = not isinstance(self.validation, LatentBatch)
+            bins.add(torch.cat(drawn), self._errors(draws, packed=packed).error)
+        rows = bins.rows()
+        return {"loss": sum(row["mean"] for row in rows) / NUM_BINS, "bins": rows}
+
+    def preview(self, folder: Path, step: int) -> None:
+        if self.previewer is not None:
+            self.previewer(folder, step)
+
+    def _num_tokens(self, latents: Tensor) -> int:
+        """Tokens of each clip."""
+        return token_grid(latents.shape[2:], self.model.config.patch).num_tokens
+
+    def _draw(self, batch: LatentBatch, generator: torch.Generator) -> "_Draw":
+        """Draw all that is random in a training step for clips of one shape."""
         latents = batch.posterior.sample(generator)
         kind = torch.rand((), generator=generator).item()
         given, frames = 0, latents.shape[2]
@@ -128,42 +188,19 @@ class FlowTask:
             given = int(torch.randint(1, min(self.config.max_given, frames - 1) + 1, (), generator=generator))
         keep = torch.rand(latents.shape[0], generator=generator) >= self.config.condition_dropout
         condition = batch.condition.where(keep, self.null).trimmed()
-        num_tokens = token_grid(latents.shape[2:], self.model.config.patch).num_tokens
-        shift = shift_for(self.config.shift, num_tokens)
+        shift = shift_for(self.config.shift, self._num_tokens(latents))
         t = draw_times(self.config.time, latents.shape[0], generator, shift=shift).clamp(max=LAST_TIME)
-        t = _on_table(self.space.process, t)
-        errors, bounds = self._errors(latents, t, condition, generator, given)
-        weights = loss_weight(self.config.weighting, self.space.process, self.space.prediction, t)
-        value, parts = (weights.to(errors) * errors).mean(), _alphas(self.model)
-        if bounds is not None:
-            parts |= {"error": value, "bound": bounds.mean()}
-            value = value + BOUND_SHARE * parts["bound"]
-        return Loss(value, parts, num_tokens=latents.shape[0] * num_tokens, num_samples=latents.shape[0])
+        return self._mixed(latents, _on_table(self.space.process, t), condition, generator, given)
 
-    def validate(self, generator: torch.Generator) -> dict[str, Any]:
-        """Return the unweighted error on fixed latents and noise: its mean, and its mean and error in bins of t."""
-        latents = self.validation.posterior.sample(generator)
-        bins = BinnedMean(NUM_BINS)
-        for index in range(NUM_BINS):
-            t = (index + torch.rand(latents.shape[0], generator=generator)) / NUM_BINS
-            at = _on_table(self.space.process, t)
-            bins.add(t, self._errors(latents, at, self.validation.condition, generator, 0).error)
-        rows = bins.rows()
-        return {"loss": sum(row["mean"] for row in rows) / NUM_BINS, "bins": rows}
-
-    def preview(self, folder: Path, step: int) -> None:
-        if self.previewer is not None:
-            self.previewer(folder, step)
-
-    def _errors(
+    def _mixed(
         self,
         latents: Float[Tensor, "B C T H W"],
         t: Float[Tensor, " B"],
         condition: Condition,
         generator: torch.Generator,
         given: int,
-    ) -> "_Errors":
-        """Ask the network at t, with the first frames given, and judge the others."""
+    ) -> "_Draw":
+        """Mix noise into clips as of t, but for their first, given frames; and tell of the clips' shape."""
         space, noise = self.space, torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
         times = t
         if given:
@@ -171,13 +208,49 @@ class FlowTask:
             times[:, :given] = 1
         # A lerp is exact where data and noise agree, and rounds less than the sum that other processes take.
         mixed = mix if isinstance(space.process, RectifiedFlow) else space.mix
-        x = mixed(latents, noise, times)
-        output = self.model(as_read(space.process, x, times), times.float(), condition).float()
-        answer, variance = space.split(latents, output)
-        errors = (answer - space.target(latents, noise, times)).square()[:, :, given:].mean(dim=(1, 2, 3, 4))
-        if variance is None:
-            return _Errors(errors, None)
-        return _Errors(errors, _bounds(space, latents[:, :, given:], x[:, :, given:], output[:, :, given:], t))
+        if self.config.tells:
+            told = shape_numbers(self.config.tells, latents)
+            more = condition.numbers
+            condition = replace(condition, numbers=told if more is None else torch.cat([told, more], dim=1))
+        return _Draw(latents, noise, t, times, mixed(latents, noise, times), condition, given)
+
+    def _errors(self, draws: "Sequence[_Draw]", *, packed: bool) -> "_Errors":
+        """Ask the network about clips, one shape at a time or all as one row, and judge all but the given frames."""
+        space = self.space
+        asked = [(as_read(space.process, draw.x, draw.times), draw.times.float(), draw.condition) for draw in draws]
+        outputs = (
+            self.model.forward_packed(pack([Clip(*each) for each in asked])) if packed else [self.model(*asked[0])]
+        )
+        errors, bounds = [], []
+        for draw, output in zip(draws, map(_wide, outputs), strict=True):
+            answer, variance = space.split(draw.latents, output)
+            error = (answer - space.target(draw.latents, draw.noise, draw.times)).square()
+            errors.append(error[:, :, draw.given :].mean(dim=(1, 2, 3, 4)))
+            if variance is not None:
+                latents, x, answered = (part[:, :, draw.given :] for part in (draw.latents, draw.x, output))
+                bounds.append(_bounds(space, latents, x, answered, draw.t))
+        return _Errors(torch.cat(errors), torch.cat(bounds) if bounds else None)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Give errors float32 at least to be summed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _parts(batch: LatentBatch | Sequence[LatentBatch]) -> Sequence[LatentBatch]:
+    return [batch] if isinstance(batch, LatentBatch) else batch
+
+
+class _Draw(NamedTuple):
+    """Clips of one shape, the noise mixed into them, and when."""
+
+    latents: Float[Tensor, "B C T H W"]
+    noise: Float[Tensor, "B C T H W"]
+    t: Float[Tensor, " B"]
+    times: Float[Tensor, " B"] | Float[Tensor, "B T"]  # t, or that of each frame
+    x: Float[Tensor, "B C T H W"]
+    condition: Condition
+    given: int  # frames
 
 
 class _Errors(NamedTuple):
@@ -197,7 +270,7 @@ def _bounds(
     """Return the variational bound in nats per element, over all steps, as estimated from the step at t."""
     num_steps = space.process.num_steps if isinstance(space.process, VariancePreserving) else BOUND_STEPS
     t_next = torch.where(t < 1 - 1.5 / num_steps, t + 1 / num_steps, 1)  # exactly 1 after the last step, which is free
-    return num_steps * variational_bound(space, latents, x, output, t, t_next).mean(dim=(1, 2, 3, 4)).float()
+    return _wide(num_steps * variational_bound(space, latents, x, output, t, t_next).mean(dim=(1, 2, 3, 4)))
 
 
 def _alphas(model: VideoDiT) -> dict[str, Tensor]:
