@@ -26,7 +26,7 @@ from reelflow.families.ltx_vae import LTX_VAE
 from reelflow.families.mochi_vae import MOCHI_VAE
 from reelflow.families.wan_vae import WAN_VAE
 from reelflow.models.vae import CausalVAE
-from reelflow.planning.memory import Weighing
+from reelflow.models.weighing import Weighing
 
 LENGTHS = (17, 33, 65, 129, 257)
 

@@ -333,17 +333,9 @@ def load(found: Found, dtype: "torch.dtype") -> "CausalVAE":
 
 def fingerprint(found: Found) -> str:
     """Return the SHA-256 of an autoencoder's weights, file after file."""
-    import hashlib
+    from reelflow.models.weights import files_sha256
 
-    digest = hashlib.sha256()
-    for path in found.weights:
-        try:
-            with path.open("rb") as file:
-                while part := file.read(1 << 24):
-                    digest.update(part)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
+    return files_sha256(found.weights)
 
 
 def _read_latents(path: Path, found: Found) -> "tuple[torch.Tensor, dict[str, str]]":

@@ -1,15 +1,14 @@
 """All published autoencoders, and folders of their weights into models and back."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from reelflow.errors import CheckpointError, ConfigError, ReelflowError, nearest
+from reelflow.errors import CheckpointError, ConfigError, nearest
 from reelflow.families.coder import Coder
 from reelflow.families.cogvideox_vae import COGVIDEOX_VAE
 from reelflow.families.cosmos_vae import COSMOS_VAE
+from reelflow.families.family import written
 from reelflow.families.hunyuan15_vae import HUNYUAN15_VAE
 from reelflow.families.hunyuan_vae import HUNYUAN_VAE
 from reelflow.families.kl_vae import KL_VAE
@@ -18,7 +17,7 @@ from reelflow.families.mochi_vae import MOCHI_VAE
 from reelflow.families.opensora_vae import OPENSORA_VAE
 from reelflow.families.svd_vae import SVD_VAE
 from reelflow.families.wan_vae import WAN_VAE
-from reelflow.interop.checkpoints import Stored, read_into, write_folder
+from reelflow.interop.checkpoints import Stored, read_configuration, read_into, write_folder
 from reelflow.interop.mapping import Row, differences
 from reelflow.models.vae import CausalVAE
 
@@ -61,7 +60,7 @@ def empty_vae(folder: str | Path) -> tuple[CausalVAE, Coder]:
         CheckpointError: there is no such file, or it tells of no autoencoder known here.
     """
     path = Path(folder) / "config.json"
-    found = _read_json(path)
+    found = read_configuration(path)
     known = {family.class_name: family for family in AUTOENCODERS}
     name = found.get("_class_name") or (found.get("architectures") or [None])[0]
     if name not in known:
@@ -78,14 +77,9 @@ def save_vae(vae: CausalVAE, folder: str | Path, family: Coder, *, dtype: torch.
             the configuration.
         ConfigError: the network is not of this family.
     """
-    try:  # what a family writes of its own networks; of others it may not find what it looks for
-        config = family.write(vae.config)
-        own = family.read(config) == vae.config
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, ReelflowError, TypeError, ValueError):
-        own = False
-    if not own:
+    if (said := written(family, vae.config)) is None:
         raise ConfigError(f"the network is none of {family.name}; {family.name} has {', '.join(family.sizes)}")
-    config = {"_class_name": family.class_name, **config}
+    config = {"_class_name": family.class_name, **said}
     write_folder(vae, family.weights(vae.config), Path(folder), config=config, dtype=dtype)
 
 
@@ -96,15 +90,3 @@ def _table(family: Coder, vae: CausalVAE, stored: Stored) -> tuple[Row, ...]:
         if not differences(rows, vae, {name: x.shape for name, x in stored.meta.items()}):
             return rows
     return family.weights(vae.config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the folder of one network") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no configuration")
-    return found

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from reelflow.errors import CheckpointError, ConfigError, nearest
+from reelflow.errors import CheckpointError, ConfigError, ReelflowError, nearest
 from reelflow.families.originals import Original
 from reelflow.interop.mapping import Row, linear, table
 from reelflow.models.dit import DiTConfig
@@ -26,6 +26,7 @@ __all__ = [
     "refiner_rows",
     "side_of_places",
     "vector_rows",
+    "written",
 ]
 
 
@@ -86,6 +87,29 @@ class Family:
                 raise ConfigError(f"{name} {n} does not fit a stride of {step}; nearest: {' or '.join(map(str, near))}")
             extents.append(count + alone)
         return (extents[0], extents[1], extents[2])
+
+
+C = TypeVar("C")
+
+
+@runtime_checkable
+class Design(Protocol[C]):
+    """What goes between a config.json and a configuration."""
+
+    @property
+    def read(self) -> Callable[[dict[str, Any]], C]: ...
+
+    @property
+    def write(self) -> Callable[[C], dict[str, Any]]: ...
+
+
+def written(design: Design[C], config: C) -> dict[str, Any] | None:
+    """Return the config.json of a network of this design, or None if it is of another."""
+    try:  # what is written of its own networks; of others it may not find what it looks for
+        said = design.write(config)
+        return said if design.read(said) == config else None
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, ReelflowError, TypeError, ValueError):
+        return None
 
 
 def arguments(

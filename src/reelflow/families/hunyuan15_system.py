@@ -129,8 +129,7 @@ def prompt_reader(folder: SystemFolder) -> Read:
 
 def told(asked: Asked, read: Read, frame: Condition) -> Conditions:
     """Return prompts, the first frame beside them."""
-    cond = (read(asked.prompts) + frame).trimmed()
-    return Conditions(cond, (read(asked.negative) + frame).trimmed() if asked.guided else None)
+    return Conditions(read(asked.prompts) + frame, read(asked.negative) + frame if asked.guided else None)
 
 
 def system(

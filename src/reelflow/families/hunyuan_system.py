@@ -79,7 +79,7 @@ def text_to_video(folder: SystemFolder) -> System:
 
     def conditions(asked: Asked) -> Conditions:
         def told(prompts: Sequence[str]) -> Condition:
-            return (text(prompts).condition() + beside_text(prompts, asked)).trimmed()
+            return text(prompts).condition() + beside_text(prompts, asked)
 
         return Conditions(told(asked.prompts), told(asked.negative) if asked.guided else None)
 
@@ -104,7 +104,7 @@ def image_to_video(folder: SystemFolder) -> System:
         frame = Condition() if instead else Condition(channels=beside(first, asked.latent_shape[1]))
 
         def told(reading: PicturedReading, prompts: Sequence[str], pictures: Tensor) -> Condition:
-            return (read(reading, prompts, pictures).condition() + beside_text(prompts, asked) + frame).trimmed()
+            return read(reading, prompts, pictures).condition() + beside_text(prompts, asked) + frame
 
         return Conditions(
             told(cond, asked.prompts, image),

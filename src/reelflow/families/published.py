@@ -18,7 +18,7 @@ from reelflow.config import from_dict, to_dict
 from reelflow.errors import CheckpointError, ConfigError, ReelflowError, nearest
 from reelflow.families.cogvideox import COGVIDEOX
 from reelflow.families.dit import DIT
-from reelflow.families.family import Family, Size
+from reelflow.families.family import Family, Size, written
 from reelflow.families.hunyuan import HUNYUAN
 from reelflow.families.hunyuan15 import HUNYUAN15
 from reelflow.families.latte import LATTE
@@ -39,6 +39,7 @@ from reelflow.interop.checkpoints import (
     Stored,
     check_empty,
     check_fits,
+    read_configuration,
     read_into,
     state_as_theirs,
     write_folder,
@@ -111,7 +112,7 @@ def family_of(config: dict[str, Any], source: Path) -> Family:
 
 def find_family(config: DiTConfig) -> Family | None:
     """Return the family that a network is of, or None."""
-    return next((each for each in FAMILIES if _written(each, config) is not None), None)
+    return next((each for each in FAMILIES if written(each, config) is not None), None)
 
 
 def sizes_of(config: DiTConfig) -> list[str]:
@@ -153,8 +154,8 @@ def find_transformer(source: str | Path, *, size: str | None = None) -> Found:
     source, told = Path(source), find_size(size) if size else None
     for root in (source, source / "model"):  # as training leaves a network, beside its autoencoder
         if (root / "model.json").is_file():
-            return _ours(_json(root / "model.json").get("dit"), Stored(root / "dit.safetensors"))
-    said = _json(source / "config.json") if (source / "config.json").exists() else {}
+            return _ours(read_configuration(root / "model.json").get("dit"), Stored(root / "dit.safetensors"))
+    said = read_configuration(source / "config.json") if (source / "config.json").exists() else {}
     name = _class(said)
     if name == OURS:
         return _ours({key: value for key, value in said.items() if not key.startswith("_")}, Stored(source))
@@ -231,7 +232,7 @@ def export_transformer(config: DiTConfig, layout: Layout, family: Family | None 
     family = family or find_family(config)
     if family is None:
         raise ConfigError("the network is of no published family; its layout is reelflow")
-    if (said := _written(family, config)) is None:
+    if (said := written(family, config)) is None:
         raise ConfigError(f"the network is none of {family.name}; {family.name} has {', '.join(family.sizes)}")
     if layout == "diffusers" and family.native:
         raise ConfigError(f"diffusers has no class for {family.name}; its layouts are original and reelflow")
@@ -358,15 +359,6 @@ def _read_original(family: Family, original: Original, stored: Stored, said: dic
         raise CheckpointError(f"{stored.where}: {error}; if it is a published one, say which: {sizes}") from error
 
 
-def _written(family: Family, config: DiTConfig) -> dict[str, Any] | None:
-    """Return the family's config.json of a network, or None if it is of another family."""
-    try:  # what a family writes of its own networks; of others it may not find what it looks for
-        said = family.write(config)
-        return said if family.read(said) == config else None
-    except (AssertionError, AttributeError, LookupError, ReelflowError, TypeError, ValueError):
-        return None
-
-
 def _class(said: Mapping[str, Any]) -> str | None:
     return said.get("_class_name") or (said.get("architectures") or [None])[0]
 
@@ -378,15 +370,3 @@ def _kept(stored: Stored) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the folder of one network") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no configuration")
-    return found

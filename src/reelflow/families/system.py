@@ -5,9 +5,8 @@ into a `System`: networks, autoencoder, the walk from noise to data, and a funct
 Only that function is a family's own; `reelflow.generation.published` does the rest, the same for all.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from reelflow.diffusion.guidance import Scale
 from reelflow.diffusion.samplers import draw
 from reelflow.errors import CheckpointError, ConfigError, nearest
 from reelflow.families.schedulers import Walk, read_scheduler
+from reelflow.interop.checkpoints import read_configuration
 from reelflow.models.condition import Condition
 from reelflow.models.dit import VideoDiT
 from reelflow.models.vae import CausalVAE
@@ -111,7 +111,7 @@ class System:
     fills_patches: bool = False  # makes latent frames before those too, to fill a patch, and decodes none of them
     next_time: bool = False  # networks are told the time that a step leads to, as their one number
     check: Callable[[Asked], None] = lambda asked: None  # refuses what it cannot make, before anything is computed
-    rescale: float = field(default=0.0)  # share of the conditional standard deviation that guidance restores
+    rescale: float = 0.0  # share of the conditional standard deviation that guidance restores
 
 
 class SystemFolder:
@@ -144,16 +144,7 @@ class SystemFolder:
         Raises:
             CheckpointError: it cannot be read or is no JSON object.
         """
-        path = self.folder / name
-        try:
-            found = json.loads(path.read_text())
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path} holds no configuration")
-        return found
+        return read_configuration(self.folder / name, "give the folder of a whole system")
 
     def has(self, part: str) -> bool:
         """Say whether a part is there; diffusers writes [null, null] for one left out."""

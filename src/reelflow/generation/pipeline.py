@@ -8,7 +8,6 @@ A clip longer than the model's is made chunk after chunk: the last frames of one
 the next (t = 1 there), and each chunk is decoded and handed out before the next begins, so memory does not grow.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -34,7 +33,7 @@ from reelflow.generation.sampling import Sampling, guided_by, sampler_of
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, VAEConfig
-from reelflow.models.weights import load_weights, write_tensors
+from reelflow.models.weights import files_sha256, load_weights, write_tensors
 from reelflow.nn.patchify import token_grid
 
 __all__ = [
@@ -384,15 +383,7 @@ def fingerprint(folder: Path) -> str:
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt", ".model"))
     else:
         files = [model_folder(folder) / name for name in ("model.json", "vae.safetensors", "dit.safetensors")]
-    digest = hashlib.sha256()
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                while part := file.read(1 << 24):
-                    digest.update(part)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
+    return files_sha256(files)
 
 
 def to_frames(clip: Float[Tensor, "3 T H W"]) -> UInt8[Tensor, "T H W 3"]:

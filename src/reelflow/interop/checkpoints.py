@@ -39,6 +39,7 @@ __all__ = [
     "check_empty",
     "check_fits",
     "gradients_as_theirs",
+    "read_configuration",
     "read_into",
     "state_as_theirs",
     "write_folder",
@@ -449,3 +450,20 @@ def _transient_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
             f"sets them, or build the model on a real device"
         )
     return [(module, name) for _, module, name in found]
+
+
+def read_configuration(path: Path, hint: str = "give the folder of one network") -> dict[str, Any]:
+    """Return what a JSON file says; `hint` is what to do where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read or is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {hint}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no configuration")
+    return found

@@ -173,7 +173,7 @@ def choose(
     least = 1 if chunks else t
     smallest = peak(least, whole) if chunks else found
     if smallest <= memory:
-        chunk, found = _largest(least, t, memory, lambda n: peak(n, whole), lambda n: n)
+        chunk, found = _longest(least, t, memory, peak, whole)
         return Budgeted(chunk, whole, 0, exact=True, peak=found)
 
     around = None if sees is None else sum(sees)
@@ -196,7 +196,7 @@ def choose(
         sides, overlap = tile(side)
         chunk = t
         if chunks and (found := peak(t, sides)) > memory:
-            chunk, found = _largest(least, t, memory, lambda n: peak(n, sides), lambda n: n)  # noqa: B023
+            chunk, found = _longest(least, t, memory, peak, sides)
         return Budgeted(chunk, sides, overlap, exact=exact, peak=found)
     would = -(-smallest // 2**20)
     raise ConfigError(f"nothing fits in {readable(memory)}; the smallest memory that would do is {would} MiB")
@@ -208,6 +208,13 @@ def _even(length: int, side: int, overlap: int) -> int:
         return length
     count = -(-(length - overlap) // (side - overlap))
     return -(-(length + (count - 1) * overlap) // count)
+
+
+def _longest(
+    low: int, high: int, memory: int, peak: Callable[[int, tuple[int, int]], int], sides: tuple[int, int]
+) -> tuple[int, int]:
+    """Return about the longest chunk that fits in tiles of these sides, and its peak."""
+    return _largest(low, high, memory, lambda n: peak(n, sides), lambda n: n)
 
 
 def _largest(

@@ -1,6 +1,7 @@
 """Weights from safetensors files into models: all of them, or an error that lists what differs."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from reelflow.errors import CheckpointError
 
-__all__ = ["count_names", "load_weights", "read_tensors", "write_tensors"]
+__all__ = ["count_names", "files_sha256", "load_weights", "read_tensors", "write_tensors"]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -22,6 +23,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is missing or is not a whole safetensors file: {error}") from error
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of files, one after the other.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while part := file.read(1 << 24):
+                    digest.update(part)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
