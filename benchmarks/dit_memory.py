@@ -1,11 +1,13 @@
 """Is the model of a transformer's peak memory right? Published networks, with two blocks of each kind that they have.
 
-Run: python benchmarks/dit_memory.py. Every case is a process of its own, on one thread. Measured is how far the resident
-size rises above what it is before, when weights are in memory and a small call has been made, with freed memory given back
-at once (MALLOC_MMAP_THRESHOLD_=65536; VmHWM, reset by /proc/self/clear_refs). Predicted is what `reelflow plan` says
-(`reelflow.planning.memory`): the most bytes alive at once among the tensors that operations make.
+Run: python benchmarks/dit_memory.py [NETWORK ...] [--forward]. Every case is a process of its own, on one thread. Measured is
+how far the resident size rises above what it is before, when weights are in memory and the same call has been made once, with
+freed memory given back at once (MALLOC_MMAP_THRESHOLD_=65536; VmHWM, reset by /proc/self/clear_refs). What kernels keep from one
+call to the next, some 8 MiB of packed matrices, is then the process's own, as `reelflow plan` counts it. Predicted is what that
+says (`reelflow.planning.memory`): the most bytes alive at once among the tensors that operations make.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -20,12 +22,12 @@ from reelflow.planning.memory import dit_memory, example, repeats
 CASES = [
     (name, shape, kind, dtype)
     for name, shape in (
-        ("wan.t2v_1_3b", (5, 32, 32)),
-        ("hunyuan.t2v", (2, 24, 24)),
-        ("cogvideox.2b", (5, 32, 32)),
-        ("mochi.10b", (3, 24, 24)),
-        ("ltx.2b_0_9_5", (5, 16, 16)),
-        ("latte.1_t2v", (8, 24, 24)),
+        ("wan.t2v_1_3b", (5, 48, 48)),
+        ("hunyuan.t2v", (3, 32, 32)),
+        ("cogvideox.2b", (5, 48, 48)),
+        ("mochi.10b", (3, 32, 32)),
+        ("ltx.2b_0_9_5", (5, 24, 24)),
+        ("latte.1_t2v", (8, 32, 32)),
     )
     for kind, dtype in (("forward", "float32"), ("training step", "float32"), ("forward", "bfloat16"))
 ]
@@ -56,7 +58,7 @@ def measure(name: str, shape: tuple[int, int, int], kind: str, dtype: torch.dtyp
             for parameter in model.parameters():
                 parameter.grad = None
 
-    run((1, 2, 2))
+    run(shape)  # a first call of a shape takes more, which stays
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     before = resident("VmRSS")
@@ -68,16 +70,25 @@ def measure(name: str, shape: tuple[int, int, int], kind: str, dtype: torch.dtyp
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="how their names begin; all unless said")
+    parser.add_argument("--forward", action="store_true", help="leave training steps out")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.case is not None:
         torch.set_num_threads(1)
-        name, shape, kind, dtype = CASES[int(sys.argv[1])]
+        name, shape, kind, dtype = CASES[asked.case]
         measure(name, shape, kind, getattr(torch, dtype))
         return
     print("| network, two blocks of a kind | latents | | type | measured MiB | predicted MiB | ratio |")
     print("|---|---|---|---|---|---|---|")
     for index, (name, shape, kind, dtype) in enumerate(CASES):
+        if asked.networks and not name.startswith(tuple(asked.networks)):
+            continue
+        if asked.forward and kind != "forward":
+            continue
         told = subprocess.run(
-            [sys.executable, __file__, str(index)],
+            [sys.executable, __file__, "--case", str(index)],
             env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

@@ -60,7 +60,8 @@ def runs(name: str, case: Case, steps: int) -> tuple[Callable[[], Tensor], Calla
         times = walk.times(steps, sigmas=sigmas_of(steps)) if own else walk.times(steps)
 
         def under(told: Condition) -> Callable[[Tensor, Tensor], Tensor]:
-            return lambda x, t: s.model(x, walk.fed(t.double()).float(), told, token_rate=case.token_rate)
+            prepared = s.model.prepare(noise, told, token_rate=case.token_rate)
+            return lambda x, t: s.model(x, walk.fed(t.double()).float(), prepared)
 
         predict = guided(under(condition(texts[0])), under(condition(texts[1])), scale=SCALE)
         return walk.sampler(generator)(predict, noise, times, parameterization=walk.parameterization)

@@ -4,21 +4,25 @@ Run: python benchmarks/vae.py [FAMILY ...] [--threads N] [--rounds N] [--lengths
 fraction of its width. Ours and theirs run in turn; medians are shown, and the median of each round's ratios. On one
 thread seconds are those of the process. Memory is the most that results of operations take at once, beside weights and
 inputs; what kernels use inside themselves is not in it. diffusers' windows in time are switched off where they would
-change the result. With --lengths the first family named runs over clips of rising length instead.
+change the result. Where a budget keeps the result exact (Wan), ours runs a second time, "tight": in the least memory of
+which the plan says that it is enough. --lengths OUT.svg draws time and memory against a clip's length.
 """
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
 from reelflow.cli.main import keep_freed_memory
+from reelflow.errors import ConfigError
 from reelflow.families.coder import Coder
 from reelflow.families.cogvideox_vae import COGVIDEOX_VAE
 from reelflow.families.hunyuan_vae import HUNYUAN_VAE
@@ -27,8 +31,9 @@ from reelflow.families.mochi_vae import MOCHI_VAE
 from reelflow.families.wan_vae import WAN_VAE
 from reelflow.models.vae import CausalVAE
 from reelflow.models.weighing import Weighing
+from reelflow.recipes.plot import Series, line_plot_svg, svg_file
 
-LENGTHS = (17, 33, 65, 129, 257)
+LENGTHS = (17, 65, 257, 1025)
 
 
 @dataclass(frozen=True)
@@ -98,45 +103,98 @@ def memory(run: Callable[[], Tensor]) -> float:
     return weighing.peak / 2**20
 
 
-def compare(name: str, case: Case, rounds: int) -> None:
-    """Print a row for encoding and one for decoding."""
+Run = Callable[[], Tensor]
+
+
+class Row(NamedTuple):
+    """Seconds and MiB of ours and of theirs, the median of the rounds' ratios, and how far the results are apart."""
+
+    seconds: list[float]
+    ratio: float
+    peaks: list[float]
+    error: float
+
+
+def run_of(vae: CausalVAE, kind: str, x: Tensor, budget: int | None) -> Run:
+    """Return our encoding or decoding, whole or within a budget."""
+    if kind == "encode":
+        return lambda: vae.encode(x, memory=budget).mean
+    return lambda: vae.decode(x, memory=budget).clamp(-1, 1)
+
+
+def least(vae: CausalVAE, kind: str, x: Tensor) -> int:
+    """Return the least budget, to 5 %, within which the result is exact."""
+    plan, budget = vae.plan_encode if kind == "encode" else vae.plan_decode, 2**20
+    while True:
+        try:
+            if plan(x.shape, budget).exact:
+                return budget
+        except ConfigError:  # nothing fits
+            pass
+        budget = int(1.05 * budget)
+
+
+def rows_of(case: Case, rounds: int, *, tight: bool) -> Iterator[tuple[str, str, Row]]:
+    """Encode and decode, whole, and where asked within the reference's memory."""
     vae, reference = sides(case)
-    frames, height, width = case.clip
     generator = torch.Generator().manual_seed(1)
     clip = torch.rand(1, 3, *case.clip, generator=generator) * 2 - 1
     latents = torch.randn(1, *vae.config.latent_shape(*case.clip), generator=generator)
     std, mean = (statistic.view(1, -1, 1, 1, 1) for statistic in (vae.latent_std, vae.latent_mean))
-    theirs = latents * std + mean
-    pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-        "encode": (
-            lambda: vae.encode(clip).mean,
-            lambda: (reference.encode(clip).latent_dist.mean - mean) / std,
-        ),
-        "decode": (lambda: vae.decode(latents), lambda: reference.decode(theirs).sample),
+    given = latents * std + mean
+    theirs: dict[str, Run] = {
+        "encode": lambda: (reference.encode(clip).latent_dist.mean - mean) / std,
+        "decode": lambda: reference.decode(given).sample.clamp(-1, 1),
     }
-    for kind, runs in pairs.items():
-        rows = []
-        ours, reference_output = (run() for run in runs)
-        error = (
-            (ours.clamp(-1, 1) - reference_output.clamp(-1, 1) if kind == "decode" else ours - reference_output)
-            .abs()
-            .max()
+    for kind, x in (("encode", clip), ("decode", latents)):
+        peak = memory(theirs[kind])
+        for budget in (None, least(vae, kind, x)) if tight else (None,):
+            ours = run_of(vae, kind, x, budget)
+            error = (ours() - theirs[kind]()).abs().max().item()
+            measured = [[seconds(run) for run in (ours, theirs[kind])] for _ in range(rounds)]
+            medians = [statistics.median(column) for column in zip(*measured, strict=True)]
+            ratio = statistics.median(b / a for a, b in measured)
+            yield kind, "whole" if budget is None else "tight", Row(medians, ratio, [memory(ours), peak], error)
+
+
+def seconds(run: Run) -> float:
+    """Return what a run takes."""
+    start = clock()
+    run()
+    return clock() - start
+
+
+def show(name: str, case: Case, kind: str, way: str, row: Row) -> None:
+    """Print a row."""
+    shape = " x ".join(map(str, case.clip))
+    print(
+        f"{name:>10} {kind:>7} {way:>6} {shape:>15} {row.seconds[0]:>8.2f} {row.seconds[1]:>8.2f} {row.ratio:>12.2f} "
+        f"{row.peaks[0]:>9.0f} {row.peaks[1]:>9.0f} {row.error:>10.0e}",
+        flush=True,
+    )
+
+
+def draw(case: Case, out: Path, rounds: int) -> None:
+    """Run clips of rising length, and draw seconds and MiB of encoding and decoding."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for length in LENGTHS:
+        longer = replace(case, clip=(length, 32, 32))
+        for kind, way, row in rows_of(longer, rounds, tight=True):
+            show("wan", longer, kind, way, row)
+            for who, second, peak in zip((f"reelflow, {way}", "diffusers"), row.seconds, row.peaks, strict=True):
+                if who != "diffusers" or way == "tight":
+                    lines.setdefault(f"{kind}: {who}", []).append((length, second, peak))
+    for place, what in ((1, "seconds"), (2, "MiB")):
+        series = [Series(name, [(math.log2(p[0]), p[place]) for p in points]) for name, points in lines.items()]
+        svg = line_plot_svg(
+            series,
+            x_label="log2 of frames (17 to 1,025)",
+            y_label=what,
+            log_y=True,
+            title=f"{what}, Wan 2.1's shape, 32 x 32",
+            size=(430, 300),
         )
-        for _ in range(rounds):
-            row = []
-            for run in runs:
-                start = clock()
-                run()
-                row.append(clock() - start)
-            rows.append(row)
-        seconds = [statistics.median(column) for column in zip(*rows, strict=True)]
-        ratio = statistics.median(b / a for a, b in rows)
-        peaks = [memory(run) for run in runs]
-        print(
-            f"{name:>10} {kind:>7} {f'{frames} x {height} x {width}':>15} {seconds[0]:>8.2f} {seconds[1]:>8.2f} "
-            f"{ratio:>12.2f} {peaks[0]:>9.0f} {peaks[1]:>9.0f} {error:>10.0e}",
-            flush=True,
-        )
+        out.with_name(f"{out.stem}-{what.lower()}{out.suffix}").write_text(svg_file(svg), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -145,7 +203,9 @@ def main() -> None:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(CASES)}; all unless named")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lengths", action="store_true", help=f"clips of {', '.join(map(str, LENGTHS))} frames")
+    parser.add_argument(
+        "--lengths", type=Path, metavar="OUT.svg", help=f"clips of {', '.join(map(str, LENGTHS))} frames"
+    )
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - CASES.keys():
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
@@ -153,14 +213,13 @@ def main() -> None:
     keep_freed_memory()
     print(f"{arguments.threads} threads, torch {torch.__version__}, diffusers {diffusers.__version__}\n")
     heads = f"{'ours s':>8} {'theirs s':>8} {'theirs/ours':>12} {'ours MiB':>9} {'theirs MiB':>9} {'difference':>10}"
-    print(f"{'':>10} {'':>7} {'clip':>15} {heads}")
+    print(f"{'':>10} {'':>7} {'ours':>6} {'clip':>15} {heads}")
+    if arguments.lengths:
+        return draw(CASES["wan"], arguments.lengths, arguments.rounds)
     for name in arguments.families or CASES:
-        case = CASES[name]
-        if arguments.lengths:
-            for length in LENGTHS:
-                compare(name, Case(case.family, case.reference, case.arguments, (length, 32, 32), case.whole), 1)
-            return
-        compare(name, case, arguments.rounds)
+        for kind, way, row in rows_of(CASES[name], arguments.rounds, tight=name == "wan"):
+            show(name, CASES[name], kind, way, row)
+    return None
 
 
 if __name__ == "__main__":

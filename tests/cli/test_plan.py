@@ -7,6 +7,9 @@ from reelflow.cli.plan import Costs, founding_tables, model_table
 from reelflow.config import set_values
 from reelflow.families.vdit import founding_models
 from reelflow.planning.cost import dit_cost
+from reelflow.planning.step import Step
+from reelflow.recipes import forecast
+from reelflow.recipes.forecast import Change, Forecast, Stage
 from reelflow.recipes.world import world
 from reelflow.training.meters import duration
 
@@ -29,7 +32,7 @@ def test_time_is_operations_over_a_share_of_the_measured_peak(reelflow):
 
 
 def test_a_plan_names_parameters_tokens_operations_bytes_and_the_formula(reelflow):
-    status, out, _ = reelflow("plan", "world")
+    status, out, _ = reelflow("plan", "world", "--share", 0.3)
     costs = Costs.of(world())
     assert status == 0
     for text in (
@@ -44,8 +47,8 @@ def test_a_plan_names_parameters_tokens_operations_bytes_and_the_formula(reelflo
 
 
 def test_the_size_of_a_clip_can_be_asked_for(reelflow):
-    assert "320 tokens" in reelflow("plan", "world", "--height", 128, "--width", 128)[1]
-    assert "144 tokens" in reelflow("plan", "world", "--frames", 33)[1]
+    assert "320 tokens" in reelflow("plan", "world", "--share", 1, "--height", 128, "--width", 128)[1]
+    assert "144 tokens" in reelflow("plan", "world", "--share", 1, "--frames", 33)[1]
 
 
 @pytest.mark.parametrize(
@@ -65,12 +68,58 @@ def test_a_step_costs_three_forwards_of_every_sample():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--frames", "18"], "nearest: 17 or 21"), (["--height", "65"], "nearest: 64"), (["--share", "0"], "--share")],
+    [
+        (["--frames", "18"], "nearest: 17 or 21"),
+        (["--height", "65"], "nearest: 64"),
+        (["--share", "0"], "--share"),
+        (["--price", "-1"], "--price"),
+        (["--memory", "lots"], "lots"),
+    ],
 )
 def test_what_cannot_be_is_refused(reelflow, arguments, message):
     status, _, err = reelflow("plan", "world", *arguments)
     assert status == 2
     assert message in err
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What is measured and walked for long in a plan, made up: a step of an hour that takes 3 GiB."""
+    step = Step(*(2**28,) * 7, passes={}, moves={}, num_calls=0)
+    stages = (
+        Stage("latents", "clip", 1000, 0.36, 2**30),
+        Stage("transformer", "step", 10, 3600.0, 3 * 2**30, step=step),
+        Stage("samples", "clip", 1, 2.0, 2**30),
+    )
+    changes = [Change("transformer", "dit.training.batch_size=8", 2**31, 36_360.0)]
+    for name, value in {
+        "measured_rates": lambda precision: None,
+        "process_bytes": lambda precision: 2**28,
+        "forecast": lambda recipe, rates, process: Forecast(stages, process),
+        "changes": lambda *_: changes,
+    }.items():
+        monkeypatch.setattr(forecast, name, value)
+
+
+def test_a_plan_tells_time_money_and_memory_stage_by_stage(reelflow, told):
+    status, out, _ = reelflow("plan", "world", "--price", 2, "--memory", "4GiB")
+    assert status == 0
+    assert "in all 10:06:02, 20.20 at 2 an hour, at most 3 GiB" in out
+    (row,) = (line for line in out.splitlines() if "10 steps" in line)
+    assert [cell.strip() for cell in row.split("│")[3:8]] == ["3,600,000 ms", "0", "10:00:00", "20.00", "3,072 MiB"]
+    assert "does not fit" not in out
+
+
+def test_a_plan_that_does_not_fit_says_what_would(reelflow, told):
+    out = reelflow("plan", "world", "--memory", "2.5GiB")[1]
+    assert "transformer does not fit into 2.5 GiB: it takes 3 GiB" in out
+    assert "fits with dit.training.batch_size=8: 2 GiB, 10:06:00 (+1%)" in out
+
+
+def test_only_a_recipe_has_a_price(reelflow):
+    status, _, err = reelflow("plan", "vdit", "--price", 1)
+    assert status == 2
+    assert "--price is about a recipe" in err
 
 
 def test_vdit_lists_every_founding_model_and_a_size_is_one_of_its_rows(reelflow):

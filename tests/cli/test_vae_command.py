@@ -49,7 +49,7 @@ def latents_of(path, shape=(4, 4, 4, 4), **metadata):
 
 def test_info_says_what_an_autoencoder_is(reelflow, wan, hunyuan, model):
     out = reelflow("vae", "info", wan, "--size", "32x64", "--frames", 9)[1]
-    assert "4 x 4 x 4 pixels become a latent of 4 channels, 48 values one; takes 1 + 4 k frames" in out
+    assert "each 4 x 4 x 4 pixels become a latent of 4 channels, 48 times fewer values; takes 1 + 4 k frames" in out
     assert "encoder: widths 3 8;" in out
     assert "for 9 frames of 64 x 32, float32" in out
     assert out.count("streams exactly, and remembers") == 2

@@ -123,7 +123,7 @@ def test_a_server_that_is_not_there_leaves_the_prompt(rewrite, caplog):
 
 def test_waits_double(server, rewrite, monkeypatch):
     server.answers, waits = [(500, b"")], []
-    monkeypatch.setattr("reelflow.conditioning.rewriting.sleep", waits.append)
+    monkeypatch.setattr("reelflow.conditioning.chat.sleep", waits.append)
     replace(rewrite, backoff=0.5, retries=3)("a kite")
     assert waits == [0.5, 1.0, 2.0]
 

@@ -176,3 +176,20 @@ def test_a_plan_refuses_items_larger_than_a_batch_and_none(grouping):
         grouping(0)
     with pytest.raises(ConfigError, match="the plan is of 1 items, and there are 2"):
         ShuffledBatches(2, Plan(grouping(10), sizes_of([1])), draw, seed=0)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_dealt_batches_are_those_of_one_reader_in_turn(prefetch):
+    def read(parts, part, times, consumed=0):
+        with ShuffledBatches(7, 2, lambda rows, _: rows.tolist(), seed=1, prefetch=prefetch) as batches:
+            batches.deal(part, parts)
+            batches.load_state_dict({**batches.state_dict(), "consumed": consumed})
+            return [next(batches) for _ in range(times)], batches.state_dict()
+
+    whole, end = read(1, 0, 12)
+    dealt = [read(3, part, 4) for part in range(3)]
+    assert [batch for batches in zip(*(batches for batches, _ in dealt), strict=True) for batch in batches] == whole
+    assert all(state == end for _, state in dealt)
+    assert read(2, 1, 3, consumed=6)[0] == whole[7::2]
+    with pytest.raises(ConfigError, match=r"parts are 0 \.\.\. 1"):
+        read(2, 2, 1)

@@ -8,9 +8,9 @@ from torch import nn
 
 from reelflow.config import from_dict, to_dict
 from reelflow.errors import ConfigError
-from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single, gate_values
+from reelflow.models.blocks import Attend, Branches, Cross, CrossAttention, Dual, FeedForward, Single, gate_values
 from reelflow.models.condition import Condition
-from reelflow.models.context import Layers
+from reelflow.models.context import Layers, Refine
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.nn.embed import Apart, Learned, SinCos
 from reelflow.nn.norm import Norm
@@ -32,6 +32,7 @@ FULL = DiTConfig(
 BARE = replace(FULL, context=None, vector_dim=0, extra_channels=0, num_classes=0)
 FACTORISED = Branches((Attend(Space()), Attend(Time()), FeedForward(2.0)))
 WITH_TEXT = Branches((Attend(Space()), Attend(Time()), Cross(), FeedForward(2.0)))
+WITH_PICTURE = Branches((Attend(), Cross(image=True), FeedForward(2.0)))
 LAYERS = [(Dual(mlp_ratio=2.0),), (Single(mlp_ratio=2.0),), (Dual(), Single(), Single()), (WITH_TEXT,)]
 T, H, W = 3, 4, 6
 FRAME_TOKENS = H // 2 * (W // 2)
@@ -370,6 +371,37 @@ def test_bfloat16_autocast_stays_near_float32(t):
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(x, t.float(), condition)
     assert (rough.float() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("layers", [*LAYERS, (WITH_PICTURE, WITH_TEXT), (Dual(mlp_ratio=2.0), WITH_PICTURE)])
+@pytest.mark.parametrize("context", [Layers(5), Refine(5, depth=1)])
+def test_a_prepared_condition_predicts_the_same_to_the_last_bit(layers, context):
+    picture = Layers(6) if WITH_PICTURE in layers else None
+    model = network(replace(FULL, layers=layers, context=context, image=picture, pool=1))
+    condition = replace(doors(), image=normal(2, 3, 6, seed=6) if picture else None)
+    prepared = model.prepare(X, condition, token_rate=2.0)
+    for t in (TIMES, TIMES.flip(0)):
+        assert torch.equal(model(2 * X, t, prepared), model(2 * X, t, condition, token_rate=2.0))
+
+
+def test_a_prepared_condition_is_not_embedded_again_nor_read_by_cross_attention():
+    model, again = network(replace(FULL, layers=(WITH_TEXT, WITH_TEXT))), []
+    prepared = model.prepare(X, FITTING)
+    kept = [model.context, *(m.read for m in model.modules() if isinstance(m, CrossAttention))]
+    for module in kept:
+        module.register_forward_hook(lambda *_: again.append(1))
+    model(X, TIMES, prepared)
+    assert not again
+    model(X, TIMES, FITTING)
+    assert len(again) == len(kept) == 3
+
+
+@pytest.mark.parametrize("asked", [{"latents": X[:, :, :2]}, {"token_rate": 3.0}])
+def test_a_prepared_condition_is_refused_for_another_shape_or_rate(asked):
+    model = network(replace(FULL, extra_channels=0))
+    prepared = model.prepare(X, replace(FITTING, channels=None))
+    with pytest.raises(ConfigError, match=r"prepared for \(3, 2, 3\) tokens"):
+        model(**{"latents": X, "t": TIMES, "condition": prepared, **asked})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
+import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from rich.console import Console
 
 from reelflow.data.loader import ShuffledBatches
 from reelflow.diffusion.samplers import euler
+from reelflow.errors import ConfigError
 from reelflow.models.adapters import LoRA, merge, new_adapter
 from reelflow.models.blocks import Dual
 from reelflow.models.condition import Condition
@@ -136,3 +139,58 @@ def test_an_adapter_without_effect_is_warned_of(base, caplog):
     with caplog.at_level(logging.WARNING):
         assert task.validate(torch.Generator().manual_seed(0))["change"] > 0.01
     assert not caplog.text
+
+
+def anything() -> VideoDiT:
+    """A network that has learned nothing, random everywhere."""
+    model = network().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def probed(lora: LoRA, *, after: int) -> AdapterTask:
+    model = anything()
+    return AdapterTask(
+        task_of(model, "blue"), new_adapter(model, lora, torch.Generator().manual_seed(1)), probe_after=after
+    )
+
+
+def test_a_probe_says_early_what_the_adapter_changes(tmp_path, caplog):
+    def run(name: str, lr: float) -> dict[int, float]:
+        task = probed(LoRA(rank=4, targets=("blocks.*.qkv",)), after=3)
+        learn(task, ("blue",), tmp_path / name, steps=4, lr=lr, log_every=1, validate_every=0)
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return {line["step"]: line["change"] for line in lines if "change" in line}
+
+    with caplog.at_level(logging.WARNING):
+        ((step, change),) = run("learning", 1e-2).items()
+        assert (step, change > 1e-3) == (4, True)  # by the weights that three batches have made
+        assert not caplog.text
+        assert run("hardly", 1e-9)[4] < 1e-6
+    assert "of its norm after 3 batches, which nobody will see: raise lr" in caplog.text
+
+
+def test_maps_that_learn_nothing_are_named(caplog):
+    task = probed(LoRA(rank=1, targets=("mlp",)), after=1)
+    with torch.no_grad():
+        task.model.adapter.updates["blocks.0.video.mlp.down"][0].up.add_(1e-9)
+    with caplog.at_level(logging.WARNING):
+        task.validate(torch.Generator().manual_seed(0))
+    assert "(3 of 4 maps have learned nothing, such as blocks.0.video.mlp.up)" in caplog.text
+
+
+def test_a_probe_is_made_once_also_by_a_run_that_goes_on(tmp_path, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(AdapterTask, "change", lambda self: asked.append(int(self.model.batches)) or 1.0)
+    brief = {"validate_every": 0, "checkpoint_every": 3, "keep_last": 9}
+    learn(probed(LoRA(rank=1), after=2), ("blue",), tmp_path / "run", steps=4, lr=1e-2, **brief)
+    shutil.rmtree(tmp_path / "run" / "step-00000004")
+    again = probed(LoRA(rank=1), after=2)
+    learn(again, ("blue",), tmp_path / "run", steps=4, lr=1e-2, **brief)
+    assert (asked, int(again.model.batches)) == ([2], 4)
+
+
+def test_a_probe_before_the_first_step_is_refused():
+    with pytest.raises(ConfigError, match="probe_after is at least 1"):
+        probed(LoRA(rank=1), after=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from reelflow.errors import CheckpointError, ConfigError
+from reelflow.errors import ConfigError
 from reelflow.training.ema import Ema
 
 
@@ -50,7 +50,7 @@ def test_swapping_in_shows_the_average_and_gives_the_own_weights_back_exactly():
     assert not torch.equal(own["0.weight"], average["0.weight"])
 
 
-def test_its_state_is_a_whole_model_and_goes_round_exactly():
+def test_its_state_is_a_whole_model_and_not_a_copy():
     net, g = model(), torch.Generator().manual_seed(1)
     ema = Ema(net, 0.9)
     drift(net, g)
@@ -59,12 +59,9 @@ def test_its_state_is_a_whole_model_and_goes_round_exactly():
     state = {name: value.clone() for name, value in ema.state_dict().items()}
     assert state.keys() == net.state_dict().keys()
     assert torch.equal(state["1.running_mean"], torch.full((4,), 3.0))
-    other = Ema(net, 0.9)
-    other.load_state_dict(state)
-    copy = model()
-    other.copy_to(copy)
-    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
-    assert torch.equal(copy[0].weight, state["0.weight"])
+    ema.state_dict()["0.weight"].zero_()
+    with ema.swapped_in():
+        assert not net[0].weight.any()
 
 
 def test_tied_weights_are_averaged_under_both_names():
@@ -77,9 +74,6 @@ def test_tied_weights_are_averaged_under_both_names():
     assert not torch.equal(state["b.weight"], net["b"].weight)
 
 
-def test_weights_of_another_model_and_impossible_decays_are_refused():
-    ema = Ema(model(), 0.9)
-    with pytest.raises(CheckpointError, match=r"0\.weight"):
-        ema.load_state_dict({})
+def test_impossible_decays_are_refused():
     with pytest.raises(ConfigError, match="decay"):
         Ema(model(), 1.0)

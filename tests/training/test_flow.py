@@ -24,7 +24,7 @@ from reelflow.models.vae import Posterior
 from reelflow.nn.embed import Number
 from reelflow.nn.patchify import Patch
 from reelflow.nn.patterns import Gated
-from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, Preserved, inner_matrix
 
 B, C, T, H, W = 4, 2, 4, 4, 2
 DIT = DiTConfig(in_channels=C, dim=12, num_heads=1, layers=(Single(),), rope=(4, 4, 4), vector_dim=3)
@@ -450,3 +450,70 @@ def test_a_row_is_validated_clip_by_clip():
 def test_a_network_without_numbers_cannot_be_told_of_shapes():
     with pytest.raises(ConfigError, match="a network of 0 numbers cannot be told aspect, frames; nearest: 2"):
         FlowTask(VideoDiT(DIT), FlowConfig(tells=("aspect", "frames")), null=NULL, validation=BATCH)
+
+
+# One of two networks
+
+
+@pytest.mark.parametrize("time", [Uniform(), LogitNormal(), CosMap()], ids=lambda time: time.kind)
+def test_times_of_a_range_are_drawn_as_the_distribution_has_them_there(time):
+    many = LatentBatch(Posterior(*(part[:1].expand(2000, *part.shape[1:]) for part in BATCH.posterior)), Condition())
+    flow = task(lambda x, t: x, time=time, shift=3.0, times=(0.3, 0.6), given_fraction=0.0, condition_dropout=0.0)
+    flow.null = Condition()
+    flow.loss(many, seeded())
+    ((_, t, _),) = flow.model.asked
+    assert 0.3 <= t.min() < 0.301
+    assert 0.599 < t.max() <= 0.6
+    whole = task(lambda x, t: x, time=time, shift=3.0, given_fraction=0.0, condition_dropout=0.0)
+    whole.null = Condition()
+    whole.loss(many, seeded())
+    inside = whole.model.asked[0][1]
+    inside = inside[(inside >= 0.3) & (inside <= 0.6)]
+    shares = torch.linspace(0.1, 0.9, 5)
+    torch.testing.assert_close(t.quantile(shares), inside.quantile(shares), atol=2e-3, rtol=0)
+
+
+def test_validation_asks_about_the_times_that_are_drawn():
+    flow = task(lambda x, t: x, times=(0.5, 0.75))
+    rows = flow.validate(seeded())["bins"]
+    asked = torch.cat([t for _, t, _ in flow.model.asked])
+    assert asked.min() >= 0.5
+    assert asked.max() <= 0.75
+    assert rows[0]["t"] == [0.5, 0.53125]
+    assert rows[-1]["t"] == [0.71875, 0.75]
+    assert all(row["count"] == B for row in rows)
+
+
+@pytest.mark.parametrize("times", [(0.5, 0.5), (0.7, 0.2), (-0.1, 0.5), (0.5, 1.5)])
+def test_a_range_of_no_times_is_refused(times):
+    with pytest.raises(ConfigError, match="times go from a lower to a higher t"):
+        FlowConfig(times=times)
+
+
+def test_a_range_that_the_distribution_never_draws_is_refused():
+    with pytest.raises(ConfigError, match=r"has no times between 0\.0 and 0\.01; nearest: time\.kind=uniform"):
+        task(time=LogitNormal(mean=0.0, std=0.01), times=(0.0, 0.01)).loss(BATCH, seeded())
+
+
+# A subject, and what was there before
+
+
+def test_the_loss_of_a_subject_is_its_own_and_the_prior_s_in_its_weight():
+    flow = task(lambda x, t: 0.3 * x)
+    other = LatentBatch(Posterior(2 * DATA[:3], torch.full_like(DATA[:3], -200.0)), Condition(vector=OWN[:3]))
+    both = flow.loss(Preserved(BATCH, other, 0.25), seeded(7))
+    generator = seeded(7)
+    own, prior = flow.loss(BATCH, generator), flow.loss(other, generator)
+    assert own.value != prior.value
+    assert both.value == own.value + 0.25 * prior.value
+    assert (both.parts["own"], both.parts["prior"]) == (own.value, prior.value)
+    assert (both.num_samples, both.num_tokens) == (7, own.num_tokens + prior.num_tokens)
+
+
+def test_clips_of_several_shapes_have_a_prior_too():
+    short = LatentBatch(Posterior(*(part[:1, :, :1] for part in BATCH.posterior)), Condition(vector=OWN[:1]))
+    model = VideoDiT(DIT).double()
+    flow = FlowTask(model, FlowConfig(), null=NULL, validation=BATCH)
+    generator = seeded()
+    alone = flow.loss([short, short], generator).value + 2 * flow.loss(BATCH, generator).value
+    assert flow.loss(Preserved([short, short], BATCH, 2.0), seeded()).value == alone

@@ -1,6 +1,8 @@
 import io
 import json
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from reelflow.training.meters import (
     Throughput,
     duration,
     measure_peak_flops,
+    peak_device_bytes,
     peak_memory_bytes,
 )
 
@@ -166,3 +169,43 @@ def test_a_bar_is_drawn_on_a_terminal():
         display.report(3, "loss 0.5")
     assert "3/5" in out.getvalue()
     assert "loss 0.5" in out.getvalue()
+
+
+class FakeRun:
+    def __init__(self, **options):
+        self.options, self.logged, self.finished = options, [], False
+
+    def log(self, values, *, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_numbers_go_to_wandb_too_and_a_resumed_run_is_the_same_one(tmp_path, monkeypatch):
+    runs = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: runs.append(FakeRun(**options)) or runs[-1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 3):
+        log = RunLog(tmp_path, resumed_from=start, wandb="films", config={"steps": 9})
+        log.write(start + 1, "train", {"loss": 0.5, "bins": [1], "bad": float("nan")})
+        log.close()
+    first, second = runs
+    assert first.logged == [(1, {"train/loss": 0.5})]
+    assert second.logged == [(4, {"train/loss": 0.5})]
+    assert first.finished
+    assert first.options == second.options
+    assert (first.options["project"], first.options["config"]) == ("films", {"steps": 9})
+    assert first.options["resume"] == "allow"
+
+
+def test_wandb_is_asked_for_only_where_it_is_wanted_and_missed_with_the_way_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    RunLog(tmp_path, resumed_from=0).close()
+    with pytest.raises(ConfigError, match=r"reelflow\[wandb\]"):
+        RunLog(tmp_path, resumed_from=0, wandb="films")
+
+
+def test_a_cpu_has_no_device_memory():
+    assert peak_device_bytes(torch.device("cpu")) == {}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from reelflow.families.vdit import FoundingModel
     from reelflow.models.dit import DiTConfig
     from reelflow.planning.cost import DiTCost, VAECost
+    from reelflow.recipes.forecast import Forecast
     from reelflow.recipes.recipe import Recipe
 
 __all__ = ["Costs", "founding_tables", "memory_table", "model_table", "plan", "published_table", "summary"]
@@ -24,7 +25,12 @@ FLOPs count a multiply-add as two, and matrix products and convolutions only. Fo
 D, attention takes 4 D per pair of query and key that meet ((N + L)^2 when all do), and every linear map 2 x tokens x
 weights. A training step is three forwards; a generated clip is one forward per evaluation (guidance and Heun double
 them) and one decoding.
-Held in training: weights, gradients, two moments and an average, 4 bytes each; activations come on top."""
+Of held memory only weights, gradients, two moments and an average, 4 bytes each, follow from that."""
+TIMED = """\
+Time: every operation of a step, carried out alone on this machine, times how often it occurs, and what Python needs for a call.
+Memory: what a step's tensors hold at their peak, walked without data, in a heap that keeps what is freed; a checkpoint is copied
+before it is written. The peak is process + weights + average + states + the larger of both peaks + holes. A sample counts
+every evaluation of the network, and decoding. Validation and previews come on top (docs/planning.md)."""
 MODEL_FORMULA = """\
 One forward of one clip, a multiply-add being two FLOPs; attention is its share. Held: weights, gradients, two moments and
 an average, 4 bytes each."""
@@ -93,15 +99,27 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames per clip.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the run must fit into, as in 8GiB; this machine's, unless said.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of an hour, in any money; the plan then says what a run costs.")
+    ] = None,
     share: Annotated[
-        float, typer.Option(help="Share of the measured peak that a run reaches; training prints it.")
-    ] = 0.3,
+        float | None,
+        typer.Option(help="Time nothing but one matrix product, and take a run to reach this share of its rate."),
+    ] = None,
     founding: Annotated[
         bool, typer.Option("--founding", help="Tables of cost of the founding documents, and where they err.")
     ] = False,
 ) -> None:
-    """Say what a recipe or a model costs. Tokens, parameters, operations and bytes; of a recipe also the time."""
+    """Say what a recipe or a model costs. Tokens, parameters, operations and bytes; of a recipe also memory and time."""
     extents = {"frames": frames, "height": height, "width": width}
+    asked = [
+        f"--{name}" for name, value in (("memory", memory), ("price", price), ("share", share)) if value is not None
+    ]
+    if asked and (name is None or name not in known_recipes()):
+        raise ConfigError(f"{', '.join(asked)} is about a recipe; nearest: reelflow plan world {asked[0]} ...")
     if founding:
         if name or assignments or any(extent is not None for extent in extents.values()):
             raise ConfigError("--founding prints tables of its own and takes nothing beside it")
@@ -110,7 +128,7 @@ def plan(
     if name is None:
         raise ConfigError("give a recipe or a model, such as: reelflow plan world, or reelflow plan vdit")
     if name in known_recipes():
-        _plan_recipe(name, assignments or [], extents, share)
+        _plan_recipe(name, assignments or [], extents, memory, price, share)
         return
     if "." in name:
         print(published_table(name, assignments or [], **extents))
@@ -122,31 +140,66 @@ def plan(
     print("\n" + MODEL_FORMULA)
 
 
-def _plan_recipe(name: str, assignments: Sequence[str], extents: Mapping[str, int | None], share: float) -> None:
-    if not 0 < share <= 1:
-        raise ConfigError(f"--share must be above 0 and at most 1, got {share}")
+def _plan_recipe(
+    name: str,
+    assignments: Sequence[str],
+    extents: Mapping[str, int | None],
+    memory: str | None,
+    price: float | None,
+    share: float | None,
+) -> None:
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"--share must be above 0 and at most 1, got {share}; nearest: {min(1.0, max(0.1, share))}")
+    if price is not None and not price >= 0:
+        raise ConfigError(f"--price must not be negative, got {price}; nearest: 0")
 
-    import torch
+    from reelflow.models.budget import in_bytes, readable
 
-    from reelflow.planning.cost import training_bytes
-    from reelflow.training.meters import duration, measure_peak_flops
-
+    limit = None if memory is None else in_bytes(memory)
     fields = {"frames": "clip.num_frames", "height": "clip.height", "width": "clip.width"}
     asked = [f"{fields[extent]}={value}" for extent, value in extents.items() if value is not None]
-    chosen = find_recipe(name, [*assignments, *asked])
-    costs = Costs.of(chosen)
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    peaks = {kind: measure_peak_flops(dtype, torch.device("cpu")) for kind, dtype in types.items()}
+    recipe = find_recipe(name, [*assignments, *asked])
+    costs = Costs.of(recipe)
+    print(summary(recipe, costs))
+    _print_counts(recipe, costs)
+    if share is not None:
+        _print_times(recipe, costs, share)
+        return
+    print(FORMULA)
 
+    from reelflow.recipes import forecast
+    from reelflow.training.meters import duration
+
+    rates = forecast.measured_rates(recipe.dit.training.precision)
+    process = forecast.process_bytes(recipe.dit.training.precision)
+    found = forecast.forecast(recipe, rates, process)
+    for table in (_stages(found, costs, price), _memory(found)):
+        stdout().print(table)
+    limit = limit or forecast.machine_bytes()
+    print(f"in all {duration(found.seconds)}{_money(found.seconds, price)}, at most {readable(found.peak)}")
+    print(TIMED)
+    for stage in found.stages:
+        if stage.peak <= limit:
+            continue
+        print(f"{stage.name} does not fit into {readable(limit)}: it takes {readable(stage.peak)}")
+        if stage.step is None:
+            continue
+        trained: forecast.Trained = "autoencoder" if stage.name == "autoencoder" else "transformer"
+        changes = forecast.changes(recipe, trained, limit, rates, process)
+        for change in changes:
+            longer = change.seconds / stage.seconds - 1
+            print(
+                f"  fits with {change.text}: {readable(change.peak)}, {duration(change.seconds)} ({longer:+.0%})"
+                f"{_money(change.seconds, price)}"
+            )
+        if not changes:
+            print("  and nothing that is known here makes it fit; a smaller network or smaller clips would")
+
+
+def _print_counts(recipe: "Recipe", costs: Costs) -> None:
     table = Table("", "autoencoder", "transformer")
-    vae, dit = chosen.vae.training, chosen.dit.training
-    trains_vae = chosen.vae.pretrained is None and bool(chosen.vae.model.encoder)
-    times = [
-        stage.steps * step / (share * peaks[stage.precision]) * trained
-        for stage, step, trained in ((vae, costs.vae_step, trains_vae), (dit, costs.dit_step, True))
-    ]
+    vae, dit = recipe.vae.training, recipe.dit.training
     forward = costs.vae.encode_flops + costs.vae.decode_flops
-    held = [training_bytes(c.num_parameters) for c in (costs.vae, costs.dit)]
     for title, *cells in (
         ("parameters", f"{costs.vae.num_parameters:,}", f"{costs.dit.num_parameters:,}"),
         ("one clip becomes", f"1/{costs.vae.compression:.0f} of its values", f"{costs.dit.num_tokens:,} tokens"),
@@ -155,21 +208,80 @@ def _plan_recipe(name: str, assignments: Sequence[str], extents: Mapping[str, in
         ("of it attention", "", f"{costs.dit.attention_flops / costs.dit.flops:.0%}"),
         ("samples per step", f"{vae.batch_size * vae.accumulate} crops", f"{dit.batch_size * dit.accumulate} clips"),
         ("training step", _flops(costs.vae_step), _flops(costs.dit_step)),
-        ("steps", f"{vae.steps if trains_vae else 0:,}", f"{dit.steps:,}"),
-        ("held in training", *(f"{count / 2**20:,.0f} MiB" for count in held)),
-        ("estimated training", *(duration(seconds) for seconds in times)),
+        ("steps", f"{vae.steps if _trains_autoencoder(recipe) else 0:,}", f"{dit.steps:,}"),
     ):
         table.add_row(title, *cells)
-    print(summary(chosen, costs))
     stdout().print(table)
-    seconds = costs.clip / (share * peaks[chosen.sampling.precision])
-    print(f"a generated clip: {_flops(costs.clip)}, about {duration(seconds)} ({chosen.sampling.num_steps} steps)")
+
+
+def _trains_autoencoder(recipe: "Recipe") -> bool:
+    return recipe.vae.tuned or (recipe.vae.pretrained is None and bool(recipe.vae.model.encoder))
+
+
+def _print_times(recipe: "Recipe", costs: Costs, share: float) -> None:
+    """Print what follows from operations alone."""
+    import torch
+
+    from reelflow.planning.cost import training_bytes
+    from reelflow.training.meters import duration, measure_peak_flops
+
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    peaks = {kind: measure_peak_flops(dtype, torch.device("cpu")) for kind, dtype in types.items()}
+    vae, dit = recipe.vae.training, recipe.dit.training
+    held = [training_bytes(cost.num_parameters) / 2**20 for cost in (costs.vae, costs.dit)]
+    times = [
+        stage.steps * step / (share * peaks[stage.precision]) * trained
+        for stage, step, trained in ((vae, costs.vae_step, _trains_autoencoder(recipe)), (dit, costs.dit_step, True))
+    ]
+    print(f"training: {duration(times[0])} and {duration(times[1])}; held {held[0]:,.0f} and {held[1]:,.0f} MiB")
+    seconds = costs.clip / (share * peaks[recipe.sampling.precision])
+    print(f"a generated clip: {_flops(costs.clip)}, about {duration(seconds)} ({recipe.sampling.num_steps} steps)")
     print(FORMULA)
     print(
         f"Time = FLOPs / ({share:g} x the peak of matrix products on this machine, measured now: "
         + ", ".join(f"{kind} {peak / 1e9:,.0f} GFLOP/s" for kind, peak in peaks.items())
         + ")."
     )
+
+
+def _stages(found: "Forecast", costs: Costs, price: float | None) -> Table:
+    from reelflow.training.meters import duration
+
+    table = Table("stage", "how often", "each", "GFLOP/s", "in all", *(["cost"] if price is not None else []), "peak")
+    flops = {"autoencoder": costs.vae_step, "transformer": costs.dit_step, "latents": costs.vae.encode_flops}
+    for stage in found.stages:
+        each = flops.get(stage.name, costs.clip)
+        table.add_row(
+            stage.name,
+            f"{stage.count:,} {stage.unit}{'s' if stage.count > 1 else ''}",
+            f"{1e3 * stage.seconds_each:,.0f} ms",
+            f"{each / stage.seconds_each / 1e9:,.0f}",
+            duration(stage.seconds),
+            *([] if price is None else [f"{price * stage.seconds / 3600:,.2f}"]),
+            f"{stage.peak / 2**20:,.0f} MiB",
+        )
+    return table
+
+
+def _memory(found: "Forecast") -> Table:
+    trained = [stage for stage in found.stages if stage.step is not None]
+    table = Table("held in training, MiB", *(stage.name for stage in trained))
+    steps = [stage.step for stage in trained if stage.step is not None]
+    for title, parts in (
+        ("the process itself", [found.process for _ in steps]),
+        ("weights", [step.weights for step in steps]),
+        ("their average", [step.average for step in steps]),
+        ("states of the optimiser", [step.states for step in steps]),
+        ("activations and gradients, at their peak", [step.activations for step in steps]),
+        ("gradients and the update, at its peak", [step.gradients + step.update for step in steps]),
+        ("holes", [step.holes for step in steps]),
+    ):
+        table.add_row(title, *(f"{part / 2**20:,.0f}" for part in parts))
+    return table
+
+
+def _money(seconds: float, price: float | None) -> str:
+    return "" if price is None else f", {price * seconds / 3600:,.2f} at {price:g} an hour"
 
 
 def _find_models(name: str, assignments: Sequence[str]) -> "dict[str, FoundingModel]":

@@ -16,13 +16,15 @@ def known_recipes() -> dict[str, Callable[[], "Recipe"]]:
     from reelflow.recipes import vdit
     from reelflow.recipes.fine import fine_world, real_clips
     from reelflow.recipes.folder import folder
+    from reelflow.recipes.subject import small_world, subject_world
     from reelflow.recipes.world import world
 
     founding = (
         *(vdit.vdit_world, vdit.vdit_pixels_world),
         *(vdit.vdit_text_world, vdit.vdit_gated_world, vdit.vdit_mm_world),
     )
-    return {recipe.__name__.replace("_", "-"): recipe for recipe in (world, folder, fine_world, real_clips, *founding)}
+    others = (world, folder, fine_world, real_clips, small_world, subject_world)
+    return {recipe.__name__.replace("_", "-"): recipe for recipe in (*others, *founding)}
 
 
 def find_recipe(name: str, assignments: Sequence[str]) -> "Recipe":

@@ -1,5 +1,6 @@
-"""`reelflow vae`: an autoencoder alone. What it is, a video to latents, latents to a video, and how long that takes."""
+"""`reelflow vae`: an autoencoder alone. What it is, a video to latents and back, how long that takes, and training one."""
 
+import json
 import math
 import re
 import time
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from reelflow.models.budget import Budgeted
     from reelflow.models.coder import Layer
     from reelflow.models.vae import CausalVAE
+    from reelflow.recipes.recipe import Recipe
 
 __all__ = ["vae"]
 
-vae = typer.Typer(help="Encode and decode with an autoencoder alone.", no_args_is_help=True, rich_markup_mode=None)
+vae = typer.Typer(help="Encode, decode and train an autoencoder alone.", no_args_is_help=True, rich_markup_mode=None)
 DType = Literal["float32", "bfloat16"]
 Folder = Annotated[
     Path, typer.Option("--vae", help="A published autoencoder, a system that holds one, or a run or model folder.")
@@ -51,7 +53,7 @@ class Found(NamedTuple):
 
 @vae.callback()
 def _group() -> None:
-    """Encode and decode with an autoencoder alone."""
+    """Encode, decode and train an autoencoder alone."""
 
 
 @vae.command()
@@ -77,9 +79,9 @@ def info(
     weights = sum(p.numel() for p in network.parameters())
     stride = config.spatial_stride
     print(
-        f"{found.name}: {weights:,} parameters; {config.temporal_stride} x {stride} x {stride} pixels become a latent of "
-        f"{channels} channels, {3 * config.temporal_stride * stride**2 / channels:.3g} values one; takes {config.lengths} "
-        f"frames of sides that {stride} divides"
+        f"{found.name}: {weights:,} parameters; each {config.temporal_stride} x {stride} x {stride} pixels become a latent "
+        f"of {channels} channels, {3 * config.temporal_stride * stride**2 / channels:.3g} times fewer values; takes "
+        f"{config.lengths} frames of sides that {stride} divides"
     )
     clip, shape = (1, 3, num_frames, height, width), (1, channels, *latents)
     whole = {"encoder": network.plan_encode(clip, 2**60).peak, "decoder": network.plan_decode(shape, 2**60).peak}
@@ -281,6 +283,100 @@ def bench(
     stdout().print(table)
 
 
+@vae.command()
+def train(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE|FOLDER", help="A recipe (reelflow train --list), or a folder of videos.")
+    ],
+    *,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/NAME-vae].")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Go on from this one: a run, a model, or a published autoencoder.")
+    ] = None,
+    decoder_only: Annotated[
+        bool, typer.Option("--decoder-only", help="Leave the latents of --from as they are, to the last bit.")
+    ] = False,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change a value, as in vae.training.steps=900."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Your folder of videos, for a recipe on one.")] = None,
+) -> int:
+    """Train an autoencoder. The same command goes on with a run that was stopped or killed; Ctrl-C keeps what there is."""
+    from reelflow.data.folder import list_videos
+    from reelflow.recipes.publish import publish_autoencoder
+    from reelflow.recipes.recipe import FolderData, train_autoencoder
+
+    recipe = _training(source, data, start, assignments or [], decoder_only=decoder_only)
+    if isinstance(recipe.data, FolderData):
+        list_videos(Path(recipe.data.folder))  # a missing folder is refused before the run claims one
+    name = source if data is None and not Path(source).is_dir() else Path(data or source).resolve().name
+    folder = out or Path("runs") / f"{name}-vae"
+    config, training = recipe.vae.model, recipe.vae.training
+    stride, (frames, size) = config.spatial_stride, recipe.vae.loss.crops[-1]
+    print(
+        f"each {config.temporal_stride} x {stride} x {stride} pixels become a latent of {config.latent_channels} channels; "
+        f"{training.steps} steps of {training.batch_size * training.accumulate} crops of {frames} x {size} x {size}"
+    )
+    try:
+        weights = train_autoencoder(recipe, folder, console=stdout())
+    except KeyboardInterrupt:
+        weights = None
+    if weights is None:
+        print(f"stopped; the same command goes on with {folder}")
+        return INTERRUPTED
+    if (published := publish_autoencoder(folder)) is not None:
+        print(f"{published}: the same in the published format")
+    print(
+        f"{folder} is ready{_measured(folder)}; try: reelflow vae encode clip.mp4 --vae {folder} -o latents.safetensors"
+    )
+    return 0
+
+
+def _training(
+    source: str, data: Path | None, start: Path | None, assignments: list[str], *, decoder_only: bool
+) -> "Recipe":
+    """Return the recipe of an autoencoder; of its transformer, only what fits is kept.
+
+    Raises:
+        ConfigError: there is neither such a recipe nor such a folder, or a value is refused.
+        CheckpointError: there is nothing to go on from.
+    """
+    from reelflow.cli.recipes import find_recipe, known_recipes
+    from reelflow.config import set_values, to_dict
+
+    known = known_recipes()
+    if source not in known and not Path(source).is_dir():
+        raise ConfigError(f"{source} is no recipe and no folder of videos; {nearest(source, known)}")
+    if source not in known:
+        if data is not None:
+            raise ConfigError(f"{source} is a folder of videos already; leave out --data {data}")
+        source, data = "folder", Path(source)
+    ours = [] if data is None else [f"data.folder={json.dumps(str(data.resolve()))}"]
+    if start is not None:
+        found = find(str(start))
+        if found.kind == "size":
+            raise ConfigError(f"{start} has no weights to go on from; give a folder, or leave out --from")
+        ours += ["vae.start=random", f"vae.pretrained={json.dumps(str(start.resolve()))}", "vae.tuned=true"]
+        ours.append(f"vae.model={json.dumps(to_dict(found.vae.config))}")
+    if decoder_only:
+        if start is None:
+            raise ConfigError("--decoder-only leaves an encoder as it is; say whose with --from")
+        ours.append("vae.loss.learned=decoder")
+    ours += assignments
+    prefix = "vae."
+    stage = set_values(known[source]().vae, [each.removeprefix(prefix) for each in ours if each.startswith(prefix)])
+    return find_recipe(source, [f"dit.model.in_channels={stage.model.latent_channels}", *ours])
+
+
+def _measured(folder: Path) -> str:
+    """Say how well unseen clips were rebuilt at last."""
+    log = folder / "vae" / "log.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    found = [values["psnr"] for line in lines if "psnr" in (values := json.loads(line))]
+    return f", unseen clips rebuilt at {found[-1]:.2f} dB" if found else ""
+
+
 def find(which: str) -> Found:
     """Return the autoencoder of a folder or of a published size, without its weights.
 
@@ -293,6 +389,7 @@ def find(which: str) -> Found:
     from reelflow.families.autoencoders import AUTOENCODERS, empty_vae
     from reelflow.generation.pipeline import model_folder, read_card
     from reelflow.models.vae import CausalVAE
+    from reelflow.recipes.recipe import trained_autoencoder
 
     sizes = {f"{family.name}.{name}": size for family in AUTOENCODERS for name, size in family.sizes.items()}
     path = Path(which)
@@ -301,7 +398,13 @@ def find(which: str) -> Found:
             raise ConfigError(f"{which} is no folder, and no published size; {nearest(which, sizes)}")
         with torch.device("meta"):
             return Found(which, CausalVAE(sizes[which].config), sizes[which].clip, (), "size")
-    if any((path / name).is_file() for name in ("model.json", "recipe.json", "model/model.json")):
+    whole = any((path / name).is_file() for name in ("model.json", "model/model.json"))
+    if not whole and (trained := trained_autoencoder(path)) is not None:
+        recipe, file = trained
+        with torch.device("meta"):
+            network = CausalVAE(recipe.vae.model)
+        return Found(which, network, (recipe.clip.num_frames, recipe.clip.height, recipe.clip.width), (file,), "own")
+    if whole or (path / "recipe.json").is_file():
         card, weights = read_card(path), model_folder(path) / "vae.safetensors"
         with torch.device("meta"):
             network = CausalVAE(card.vae)

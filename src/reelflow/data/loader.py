@@ -191,6 +191,7 @@ class ShuffledBatches(Generic[Batch]):
         self.num_items, self.batch_size, self.seed, self.prefetch = num_items, batch_size, seed, prefetch
         self.collate = collate
         self.consumed = 0
+        self.part, self.parts = 0, 1
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         self._ahead: deque[Future[Batch]] = deque()
@@ -220,15 +221,29 @@ class ShuffledBatches(Generic[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        batch = self._from_worker() if self.prefetch else self.batch(self.consumed)
-        self.consumed += 1
+        batch = self._from_worker() if self.prefetch else self.batch(self.consumed + self.part)
+        self.consumed += self.parts
         return batch
+
+    def deal(self, part: int, parts: int) -> None:
+        """From now on hand out only batches `part`, `part` + `parts`, ... after those handed out so far.
+
+        The others are for other readers, each with a part of its own, and the position counts the batches of all.
+
+        Raises:
+            ConfigError: there is no such part.
+        """
+        if not 0 <= part < parts:
+            raise ConfigError(f"the parts are 0 ... {parts - 1}, got {part}")
+        self._forget()
+        self.part, self.parts = part, parts
 
     def _from_worker(self) -> Batch:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         while len(self._ahead) <= self.prefetch:  # the batch about to be handed out, and `prefetch` more
-            self._ahead.append(self._worker.submit(self.batch, self.consumed + len(self._ahead)))
+            number = self.consumed + self.part + self.parts * len(self._ahead)
+            self._ahead.append(self._worker.submit(self.batch, number))
         try:
             batch = self._ahead[0].result()
         except BaseException:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -329,7 +330,8 @@ class Pipeline:
         space, null = self.card.parameterization, self.text_condition(len(noise) * [""])
 
         def under(c: Condition) -> Predict:
-            return lambda x, t: self.dit(as_read(space.process, x, t), t, c).float()
+            prepared = cache(lambda: self.dit.prepare(noise, c))  # when first asked, in the precision of that
+            return lambda x, t: self.dit(as_read(space.process, x, t), t, prepared()).float()
 
         return guided_by(
             sampling.guidance,

@@ -25,7 +25,7 @@ from reelflow.families.system import Asked, Conditions, Expert, System
 from reelflow.families.systems import load_system
 from reelflow.generation.pipeline import Output, Pipeline, Progress, Stopped
 from reelflow.models.condition import Condition
-from reelflow.models.dit import VideoDiT
+from reelflow.models.dit import Prepared, VideoDiT
 from reelflow.nn.patchify import token_grid
 
 __all__ = ["PublishedPipeline", "PublishedSampling", "load"]
@@ -282,11 +282,15 @@ class PublishedPipeline:
         told = condition.trimmed().to(weights.device, weights.dtype)  # hidden tokens cost time and change nothing
         fed_times = self.system.walk.fed(times).to(weights.device)
 
+        prepared: Prepared | None = None
+
         def ask(x: Tensor, t: Tensor) -> Tensor:
-            fed, here = t.to(torch.promote_types(weights.dtype, torch.float32)), told
+            nonlocal prepared
+            fed, here, latents = t.to(torch.promote_types(weights.dtype, torch.float32)), told, x.to(weights.dtype)
             if self.system.next_time:
                 here = replace(told, numbers=_after(fed_times, fed)[:, None])
-            return network(x.to(weights.dtype), fed, here, token_rate=token_rate).to(x.dtype)
+            prepared = prepared or network.prepare(latents, here, token_rate=token_rate)
+            return network(latents, fed, replace(prepared, condition=here)).to(x.dtype)
 
         return ask
 

@@ -12,8 +12,8 @@ a value too (`reelflow.nn.patterns`), and so are norms; what changes from layer 
     periodic   = 7 * (*3 * (factorised,), Branches((Attend(Full()), FeedForward())))
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from reelflow.nn.mlp import Activation, Mlp, activate, inner_width
 from reelflow.nn.modulation import Modulation, Rows, Table, gated, modulate, spread
 from reelflow.nn.norm import Norm, build_norm
 from reelflow.nn.patchify import Grid
-from reelflow.nn.patterns import Full, Gated, Pattern, Segments, attend_pattern
+from reelflow.nn.patterns import Full, Gated, Pattern, Segments, Share, attend_pattern
 from reelflow.nn.qk import normed_parts, queries_keys_values
 from reelflow.nn.rope import Rope
 
@@ -45,6 +45,7 @@ __all__ = [
     "Gate",
     "Layer",
     "ReadStream",
+    "Reads",
     "SelfAttention",
     "Single",
     "SingleBlock",
@@ -164,6 +165,7 @@ class Branches:
 
 
 Layer = Dual | Single | Branches
+Reads = tuple[tuple[Tensor, Tensor], ...]  # keys and values of a context, and of a picture
 
 
 def _check_ratio(name: str, ratio: float) -> None:
@@ -193,6 +195,9 @@ class Streams:
 
     Clips of several sizes are one row, B = 1, as the `Segments` in `grid` say. Then the vectors have rows for all clips,
     `rows` and `context_rows` name the one of each token, and nothing is hidden because nothing is padded.
+
+    With a `Share` in `grid` the video's tokens, and all that is told of each, are those here. The context is everywhere.
+    `last` and `last_rows` are the vector and the rows of the readout.
     """
 
     video: Float[Tensor, "B N D"]
@@ -201,10 +206,13 @@ class Streams:
     context_vector: Float[Tensor, "B 1 V"] | Float[Tensor, "B clips V"]
     rope: Rope | None
     mask: Bool[Tensor, "B 1 1 L+N"] | None
-    grid: Grid | Segments
+    grid: Grid | Segments | Share
     image: Float[Tensor, "B P D"] | None = None
     rows: Rows | None = None
     context_rows: Rows | None = None
+    last: Float[Tensor, "B told W"] | None = None
+    last_rows: Rows | None = None
+    reads: "Mapping[CrossAttention, Reads]" = field(default_factory=dict)  # what is known of them already
 
 
 class Gate(nn.Module):
@@ -433,17 +441,16 @@ class SingleBlock(nn.Module):
 
     def _modulations(self, s: Streams) -> list[tuple[Tensor, Tensor]]:
         video = self.modulation(s.vector)
-        alike = s.context_vector is s.vector or s.vector.shape[1] == 1
-        context = video if alike else self.modulation(s.context_vector)
+        context = video if s.context_vector is s.vector else self.modulation(s.context_vector)
         return list(zip(context, video, strict=True))
 
     def _join(self, s: Streams, context: Tensor, video: Tensor) -> Tensor:
         """One row when the whole sequence shares it, else one row per token of [context, video]."""
-        if video.shape[1] == 1:
+        if video is context and video.shape[1] == 1:
             return video
-        length = s.context.shape[1]
+        length, n = s.context.shape[1], s.video.shape[1]
         context = spread(context, length, s.context_rows).expand(-1, length, -1)
-        return torch.cat([context, spread(video, s.video.shape[1], s.rows)], dim=1)
+        return torch.cat([context, spread(video, n, s.rows).expand(-1, n, -1)], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -473,23 +480,29 @@ class CrossAttention(nn.Module):
         self.image = Read(dim, self.num_heads, spec.qk_norm, in_dim=dim) if spec.image else None
         self.out = nn.Linear(dim, dim)
 
+    def keys_values(self, context: Float[Tensor, "B L C"], image: Float[Tensor, "B P D"] | None) -> Reads:
+        """Return keys and values of the context, and of the picture where it is read."""
+        read = self.read(context)
+        return (read,) if self.image is None or image is None else (read, self.image(image))
+
     def forward(self, x: Float[Tensor, "B N D"], s: Streams) -> Float[Tensor, "B N D"]:
         (q,) = normed_parts(self.query(x), (self.norm_q,), self.num_heads, parts=1)
         mask = None if s.mask is None else s.mask[..., : s.context.shape[1]]
-        k, v = self.read(s.context)
-        clips = s.grid if isinstance(s.grid, Segments) else None
-        found = attend(q, k, v, mask=mask) if clips is None else _attend_runs(q, k, v, clips, clips.context)
-        if self.image is not None and s.image is not None:
-            k, v = self.image(s.image)
+        (k, v), *picture = s.reads.get(self) or self.keys_values(s.context, s.image)
+        whole = s.grid.whole if isinstance(s.grid, Share) else s.grid
+        clips = whole if isinstance(whole, Segments) else None
+        counts = [] if isinstance(s.grid, Grid) else s.grid.video
+        found = attend(q, k, v, mask=mask) if clips is None else _attend_runs(q, k, v, counts, clips.context)
+        for k, v in picture:
             each = (k.shape[2] // len(clips.grids),) * len(clips.grids) if clips else ()
-            found = found + (attend(q, k, v) if clips is None else _attend_runs(q, k, v, clips, each))
+            found = found + (attend(q, k, v) if clips is None else _attend_runs(q, k, v, counts, each))
         return self.out(found)
 
 
-def _attend_runs(q: Tensor, k: Tensor, v: Tensor, clips: Segments, lengths: tuple[int, ...]) -> Tensor:
-    """Attend from each clip of a row to its own run of keys, of which `lengths` says how many there are."""
+def _attend_runs(q: Tensor, k: Tensor, v: Tensor, counts: list[int], lengths: tuple[int, ...]) -> Tensor:
+    """Attend from each clip of a row to its own run of keys: `counts` queries to `lengths` keys."""
     keys, values = (x.split(list(lengths), dim=2) for x in (k, v))
-    return torch.cat(attend_segments(q.split(clips.video, dim=2), keys, values), dim=1)
+    return torch.cat(attend_segments(q.split(counts, dim=2), keys, values), dim=1)
 
 
 class Residual(nn.Module):
@@ -540,6 +553,13 @@ class BranchesBlock(nn.Module):
                 Table(widths.dim, chunks) if widths.shared else Modulation(widths.vector, widths.dim, chunks)
             )
         self.branches = nn.ModuleList(Residual(branch, widths) for branch in spec.branches)
+
+    def reads(
+        self, context: Float[Tensor, "B L C"], image: Float[Tensor, "B P D"] | None
+    ) -> dict[CrossAttention, Reads]:
+        """Return all that the branches read of a context and a picture, whatever the video."""
+        branches = [module for module in self.modules() if isinstance(module, CrossAttention)]
+        return {branch: branch.keys_values(context, image) for branch in branches}
 
     def forward(self, s: Streams) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L C"]]:
         modulation = iter(() if self.modulation is None else self.modulation(s.vector))

@@ -11,8 +11,9 @@
 What the output means (velocity, noise, data) is not the network's affair; it learns what the process asks of it.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections import ChainMap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -22,9 +23,20 @@ from torch import Tensor, nn
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
-from reelflow.models.blocks import Branches, Cross, Layer, Single, Streams, Widths, build_block
+from reelflow.models.blocks import (
+    Branches,
+    BranchesBlock,
+    Cross,
+    CrossAttention,
+    Layer,
+    Reads,
+    Single,
+    Streams,
+    Widths,
+    build_block,
+)
 from reelflow.models.condition import Condition, Source
-from reelflow.models.context import ContextLayers, ContextSources, Layers, Pool, Refine, Sources, build_context
+from reelflow.models.context import ContextLayers, ContextSources, Layers, Pool, Refine, Refiner, Sources, build_context
 from reelflow.models.packing import Packed
 from reelflow.nn.embed import (
     Apart,
@@ -40,7 +52,7 @@ from reelflow.nn.mlp import Activation
 from reelflow.nn.modulation import Modulation, Table, modulate
 from reelflow.nn.norm import Norm, build_norm
 from reelflow.nn.patchify import Grid, Patch, patchify, token_grid, unpatchify
-from reelflow.nn.patterns import Segments
+from reelflow.nn.patterns import Segments, Share
 from reelflow.nn.rope import (
     Coordinates,
     Extension,
@@ -55,7 +67,7 @@ from reelflow.nn.rope import (
     token_positions,
 )
 
-__all__ = ["DiTConfig", "VideoDiT"]
+__all__ = ["DiTConfig", "Prepared", "VideoDiT"]
 
 
 @configuration
@@ -176,6 +188,19 @@ class DiTConfig:
         return 0 if self.context is None else self.context.in_dim
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A condition, and what a network makes of it for latents of one shape (`VideoDiT.prepare`)."""
+
+    condition: Condition
+    grid: Grid
+    rope: Rope | None
+    pooled: Float[Tensor, "B V"] | None
+    image: Float[Tensor, "B P D"] | None
+    context: Source | None  # None where it depends on the time
+    reads: Mapping[CrossAttention, Reads] = field(default_factory=dict)
+
+
 class VideoDiT(nn.Module):
     """A video diffusion transformer (see the module's docstring)."""
 
@@ -207,6 +232,8 @@ class VideoDiT(nn.Module):
         shared = config.modulation == "shared"
         self.shared = Modulation(width, dim, config.num_chunks) if shared else None
         widths = Widths(dim, config.num_heads, width, context_width, config.activation, shared=shared)
+        # Of `Streams`. A hook here may leave a `Share` of the tokens to the blocks and the readout.
+        self.enter = nn.Identity()
         self.blocks = nn.ModuleList(build_block(layer, widths) for layer in config.layers)
         self.last_norm = None if config.last_norm is None else build_norm(config.last_norm, dim)
         self.norm = build_norm(config.out_norm, dim)
@@ -219,44 +246,90 @@ class VideoDiT(nn.Module):
         self,
         latents: Float[Tensor, "B C T H W"],
         t: Float[Tensor, "B"] | Float[Tensor, "B groups"],
-        condition: Condition = Condition(),
+        condition: "Condition | Prepared" = Condition(),
         *,
         skip: Collection[int] = (),
         token_rate: float | Float[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B out T H W"]:
         """Predict from noisy latents at time t in [0, 1] (0 is noise, 1 is data).
 
-        `t` is one number per clip, or a row per clip with one number per token frame or per token, in scan order.
+        `t` is one number per clip, or a row per clip with one number per token frame or per token, in scan order. A
+        condition that is the same for many predictions may be given as `prepare` makes it, once for all of them.
         Blocks whose index is in `skip` are passed by: a weaker model for guidance to lead away from.
 
         Raises:
             ConfigError: extents do not fit the patch or a layer's pattern of attention; a door is used that the model
-                does not have, or the reverse; what comes through it has another width; or `skip` names no block.
+                does not have, or the reverse; what comes through it has another width; `skip` names no block; or the
+                condition was prepared for another shape.
         """
         grid = token_grid(latents.shape[2:], self.config.patch)
-        t = self._check(latents, t, grid, condition)
-        x = self._with_positions(self._embed(latents, condition.channels), (grid,), 0)
-        if condition.residual is not None:
-            x = x + condition.residual
-        pooled = self._pooled(condition)
-        vector = self._vector(t, condition, pooled)
+        told = condition.condition if isinstance(condition, Prepared) else condition
+        t = self._check(latents, t, grid, told)
+        x = self._with_positions(self._embed(latents, told.channels), (grid,), 0)
+        ready = condition if isinstance(condition, Prepared) else self._prepared(told, x, grid, token_rate)
+        if ready is condition and (ready.grid != grid or token_rate is not None):
+            raise ConfigError(
+                f"the condition was prepared for {tuple(ready.grid)} tokens and their rate, and is used for {tuple(grid)} "
+                f"and a rate of {token_rate}; prepare it for these"
+            )
+        if told.residual is not None:
+            x = x + told.residual
+        vector = self._vector(t, told, ready.pooled)
         # A context token belongs to no frame: it is told of the noisiest one, whose work is still to be done.
-        single = vector if t.shape[1] == 1 else self._vector(t.amin(1, keepdim=True), condition, pooled)
-        chunks, rope = self._chunks(vector), self._rope(grid, token_rate, x.device)
-        context = self._context(condition, x, t)
+        single = vector if t.shape[1] == 1 else self._vector(t.amin(1, keepdim=True), told, ready.pooled)
+        chunks = self._chunks(vector)
+        context = ready.context or self._context(told, x, t)
         streams = Streams(
             video=x,
             context=context.tokens,
             vector=chunks,
             context_vector=chunks if single is vector else self._chunks(single),
-            rope=None if rope is None else rope.to(torch.promote_types(x.dtype, torch.float32)),
+            rope=ready.rope,
             mask=_with_video(context.mask, grid),
             grid=grid,
-            image=None if self.image is None else self.image(condition.image, None, t).to(x.dtype),
+            image=ready.image,
+            reads=ready.reads,
+            last=vector if self.config.out_groups == "own" else single,
         )
-        x = self._through(streams, skip)
-        shift, scale = self.modulation(vector if self.config.out_groups == "own" else single)
-        return unpatchify(self.out(modulate(self.norm(x), shift, scale)), grid, self.config.patch)
+        return unpatchify(self._through(streams, skip), grid, self.config.patch)
+
+    def prepare(
+        self,
+        latents: Float[Tensor, "B C T H W"],
+        condition: Condition,
+        *,
+        token_rate: float | Float[Tensor, "B"] | None = None,
+    ) -> "Prepared":
+        """Return a condition with all that the network makes of it whatever the time, and the latents but for their shape.
+
+        That is positions, pooled and embedded contexts and pictures, and, where no block changes the context, all keys
+        and values of cross-attention: 2 * tokens * dim numbers for each such branch are kept. Under FSDP2 register it, and
+        `reads` of the blocks, as forward methods.
+
+        Raises:
+            ConfigError: as `forward`.
+        """
+        grid, batch = token_grid(latents.shape[2:], self.config.patch), latents.shape[0]
+        self._check(latents, latents.new_zeros(batch), grid, condition)
+        ready = self._prepared(condition, self._embed(latents, condition.channels), grid, token_rate)
+        blocks = [block for block in self.blocks if isinstance(block, BranchesBlock)]
+        if ready.context is None or len(blocks) < len(self.blocks):
+            return ready
+        return replace(ready, reads=dict(ChainMap(*(b.reads(ready.context.tokens, ready.image) for b in blocks))))
+
+    def _prepared(
+        self, condition: Condition, x: Float[Tensor, "B N D"], grid: Grid, token_rate: float | Tensor | None
+    ) -> "Prepared":
+        rope, any_time = self._rope(grid, token_rate, x.device), x.new_zeros(x.shape[0], 1)
+        refined = self.context is not None and any(isinstance(each, Refiner) for each in self.context.modules())
+        return Prepared(
+            condition=condition,
+            grid=grid,
+            rope=None if rope is None else rope.to(torch.promote_types(x.dtype, torch.float32)),
+            pooled=self._pooled(condition),
+            image=None if self.image is None else self.image(condition.image, None, any_time).to(x.dtype),
+            context=None if refined else self._context(condition, x, any_time),
+        )
 
     def forward_packed(self, packed: Packed, *, skip: Collection[int] = ()) -> tuple[Float[Tensor, "1 out _ _ _"], ...]:
         """Predict every clip of a row, as `forward` predicts each alone: the same numbers, in one pass and unpadded.
@@ -306,28 +379,35 @@ class VideoDiT(nn.Module):
             image=None if image is None else image.flatten(0, 1)[None],
             rows=rows,
             context_rows=each(packed.context_lengths),
+            last=vector if self.config.out_groups == "own" else single,
+            last_rows=rows if self.config.out_groups == "own" else whole,
         )
-        x = self._through(streams, skip)
-        own = self.config.out_groups == "own"
-        shift, scale = self.modulation(vector if own else single)
-        y = self.out(modulate(self.norm(x), shift, scale, rows if own else whole))
+        y = self._through(streams, skip)
         parts = zip(y.split(segments.video, dim=1), grids, strict=True)
         return tuple(unpatchify(part, grid, self.config.patch) for part, grid in parts)
 
-    def _through(self, streams: Streams, skip: Collection[int]) -> Float[Tensor, "B N D"]:
-        """Take the tokens through the blocks and the last norm."""
+    def _through(self, streams: Streams, skip: Collection[int]) -> Float[Tensor, "B N out"]:
+        """Take the tokens through the blocks, and read them out."""
         for index in skip:
             if not 0 <= index < len(self.blocks):
                 raise ConfigError(f"skip takes blocks 0 to {len(self.blocks) - 1}, got {index}")
-        grids = (streams.grid,) if isinstance(streams.grid, Grid) else streams.grid.grids
+        streams = self.enter(streams)
+        whole, here = (
+            (streams.grid.whole, streams.grid.here) if isinstance(streams.grid, Share) else (streams.grid, None)
+        )
+        grids = (whole,) if isinstance(whole, Grid) else whole.grids
         for index, block in enumerate(self.blocks):
             if index:
-                streams = replace(streams, video=self._with_positions(streams.video, grids, index))
+                streams = replace(streams, video=self._with_positions(streams.video, grids, index, here))
             if index in skip:
                 continue
             video, context = block(streams)
             streams = replace(streams, video=video, context=context)
-        return streams.video if self.last_norm is None else self.last_norm(streams.video)
+        assert streams.last is not None
+        x = streams.video if self.last_norm is None else self.last_norm(streams.video)
+        shift, scale = self.modulation(streams.last)
+        y = self.out(modulate(self.norm(x), shift, scale, streams.last_rows))
+        return streams.grid.join(y) if isinstance(streams.grid, Share) else y
 
     def _embed(self, x: Float[Tensor, "B C T H W"], extra: Float[Tensor, "B E T H W"] | None) -> Float[Tensor, "B N D"]:
         if extra is not None and self.extra is None:
@@ -337,8 +417,13 @@ class VideoDiT(nn.Module):
         tokens = self.embed(patchify(x, self.config.patch))
         return tokens if extra is None or self.extra is None else tokens + self.extra(extra)
 
-    def _with_positions(self, x: Float[Tensor, "B N D"], grids: Sequence[Grid], block: int) -> Float[Tensor, "B N D"]:
-        """Add the positions that are added before a block, to the tokens of one grid or of several, one after the other."""
+    def _with_positions(
+        self, x: Float[Tensor, "B N D"], grids: Sequence[Grid], block: int, here: slice | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """Add the positions that are added before a block, to the tokens of one grid or of several, one after the other.
+
+        The tokens are all, or those `here`.
+        """
 
         def positions(grid: Grid) -> Tensor:
             if isinstance(absolute, Learned):
@@ -356,7 +441,8 @@ class VideoDiT(nn.Module):
                 due = absolute.before == block and (absolute.still or any(grid.t > 1 for grid in grids))
             if due:
                 rows = [positions(grid) for grid in grids]
-                x = x + (rows[0] if len(rows) == 1 else torch.cat(rows)).to(x.dtype)
+                every = rows[0] if len(rows) == 1 else torch.cat(rows)
+                x = x + (every if here is None else every[here]).to(x.dtype)
         return x
 
     def _chunks(self, vector: Float[Tensor, "B groups V"]) -> Float[Tensor, "B groups width"]:

@@ -52,7 +52,7 @@ def attend_segments(
     if q[0].is_cuda and q[0].dtype in (torch.bfloat16, torch.float16):
         return _attend_varlen(q, k, v)
     return [
-        attend(*each) if each[1].shape[2] else torch.zeros_like(merge_heads(each[0]))
+        attend(*each) if each[1].shape[2] else merge_heads(each[0] @ each[1].mT @ each[2])  # zero, with zero gradients
         for each in zip(q, k, v, strict=True)
     ]
 

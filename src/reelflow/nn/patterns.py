@@ -24,6 +24,7 @@ differences of positions, so one table of the whole grid serves every pattern.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -44,6 +45,7 @@ __all__ = [
     "KVCache",
     "Pattern",
     "Segments",
+    "Share",
     "Skip",
     "Space",
     "Time",
@@ -52,6 +54,7 @@ __all__ = [
     "attend_pattern",
     "attended_pairs",
     "dense_mask",
+    "tokens_within",
 ]
 
 
@@ -191,12 +194,43 @@ class Segments:
         return sum(self.video)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The video's tokens from `start` to `stop` of a clip or a row; the others are elsewhere.
+
+    Whoever shares the tokens out says how these attend to all of them (`attend`: as `attend_pattern`, but for the grid)
+    and how what was made of each token is brought together (`join`: from its own tokens' rows, all tokens' rows).
+    """
+
+    whole: Grid | Segments
+    start: int
+    stop: int
+    attend: Callable[[Pattern, Tensor, Tensor, Tensor, Mask | None, Tensor | None], Tensor]
+    join: Callable[[Float[Tensor, "B n D"]], Float[Tensor, "B N D"]]
+
+    @property
+    def here(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def video(self) -> list[int]:
+        """Tokens of each clip that are here."""
+        return tokens_within(self.whole, self.start, self.stop)
+
+
+def tokens_within(whole: Grid | Segments, start: int, stop: int) -> list[int]:
+    """Return how many tokens of each clip are among those from start to stop."""
+    counts = whole.video if isinstance(whole, Segments) else [whole.num_tokens]
+    ends = list(accumulate(counts))
+    return [max(0, min(stop, end) - max(start, end - count)) for count, end in zip(counts, ends, strict=True)]
+
+
 def attend_pattern(
     pattern: Pattern,
     q: Float[Tensor, "B heads Q d"],
     k: Float[Tensor, "B heads M d"],
     v: Float[Tensor, "B heads M d"],
-    grid: Grid | Segments,
+    grid: Grid | Segments | Share,
     *,
     mask: Mask | None = None,
     alpha: Float[Tensor, "#B #N #heads"] | None = None,
@@ -205,11 +239,14 @@ def attend_pattern(
 
     Keys are [context, video]; queries too, or of the video alone when nobody will read the context's. `mask` is True
     where a key may be seen by all; a query that sees none gets zero. `alpha` is what `Gated` mixes by. Of `Segments`
-    each clip sees itself and its context alone, and nothing is masked.
+    each clip sees itself and its context alone, and nothing is masked. Of a `Share` the video's tokens are those here, but
+    they see those elsewhere too.
 
     Raises:
         ConfigError: the pattern does not fit the grid, or `Gated` is given no alpha.
     """
+    if isinstance(grid, Share):
+        return grid.attend(pattern, q, k, v, mask, alpha)
     if isinstance(grid, Segments):
         return _attend_clips(pattern, q, k, v, grid, alpha)
     if isinstance(pattern, Full):

@@ -5,6 +5,7 @@
     RUN/clips/          every clip decoded once
     RUN/vae/            the autoencoder's training
     RUN/latents/        every clip's posterior and text features
+    RUN/latents_prior/  what the pretrained model makes of its own class (recipes of a subject)
     RUN/dit/            the transformer's training
     RUN/adapter/        what was learned, in PEFT's format (recipes of an adapter)
     RUN/model/          the finished model
@@ -33,18 +34,21 @@ from torch import Tensor
 from reelflow.conditioning.labels import ClassWords
 from reelflow.conditioning.sentences import Sentences
 from reelflow.conditioning.text import HashedWords, words_of
-from reelflow.config import configuration, to_dict
+from reelflow.config import configuration, from_dict, to_dict
 from reelflow.data.folder import ClipSpec
 from reelflow.data.loader import Buckets, Packed, Plan, ShuffledBatches
+from reelflow.data.shards import ShardSet
 from reelflow.data.store import Store, Stores, build_clip_store, write_store
+from reelflow.data.stream import ShardedBatches
 from reelflow.data.video import write_contact_sheet
-from reelflow.data.worlds import World, render_world, split_combinations
+from reelflow.data.worlds import COMBINATIONS, Combination, World, prompt, render_world, split_combinations
 from reelflow.diffusion.timesteps import shift_for
-from reelflow.errors import ConfigError, DataError
+from reelflow.errors import CheckpointError, ConfigError, DataError
 from reelflow.evaluation.perceptual import efficientnet_lite0, pyramid_distance
 from reelflow.evaluation.rebuilt import measure_rebuilt
 from reelflow.families.adapters import save_adapter
-from reelflow.generation.pipeline import ModelCard, Pipeline, read_card, to_frames
+from reelflow.families.autoencoders import load_vae
+from reelflow.generation.pipeline import ModelCard, Pipeline, fingerprint, model_folder, read_card, to_frames
 from reelflow.generation.sampling import Sampling
 from reelflow.models.adapters import LoRA, merge, new_adapter
 from reelflow.models.condition import Condition
@@ -52,8 +56,11 @@ from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.inflate import inflate, inflated
 from reelflow.models.linear import fit_linear, is_linear
 from reelflow.models.vae import CausalVAE, Posterior, VAEConfig
-from reelflow.models.weights import load_weights, write_tensors
+from reelflow.models.weights import files_sha256, load_weights, write_tensors
+from reelflow.parallel.mesh import Workers, alone, start
+from reelflow.parallel.shard import ParallelConfig, parallelize
 from reelflow.planning.cost import vae_cost
+from reelflow.recipes.sets import ShardsData, aside_of, open_sets, sharded_batches
 from reelflow.training.adapter import AdapterTask
 from reelflow.training.autoencoder import (
     AutoencoderConfig,
@@ -63,11 +70,28 @@ from reelflow.training.autoencoder import (
     frame_latents,
     to_float,
 )
-from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, clip_sizes, inner_matrix
+from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, Preserved, clip_sizes, inner_matrix
 from reelflow.training.loop import TrainingConfig, train
 from reelflow.training.meters import RunLog
 
-__all__ = ["AutoencoderStage", "FolderData", "Recipe", "TransformerStage", "WorldData", "run", "train_autoencoder"]
+__all__ = [
+    "AutoencoderStage",
+    "FolderData",
+    "Prior",
+    "Recipe",
+    "SubjectData",
+    "TransformerStage",
+    "WorldData",
+    "pretrained_autoencoder",
+    "run",
+    "train_autoencoder",
+    "trained_autoencoder",
+]
+
+Split = tuple[tuple[Combination, ...], tuple[Combination, ...]]
+
+
+POINT = -30.0  # log-variance of latents that are known exactly
 
 
 @configuration
@@ -78,7 +102,68 @@ class WorldData:
     num_clips: int
     num_validation: int  # clips of held-out combinations
     seed: int
+    names: tuple[str, ...] = ()  # of colours, shapes and motions, if not of all that there are
+    without: tuple[tuple[str, str], ...] = ()  # colours and shapes that no clip shows together
     kind: Literal["world"] = "world"
+
+    @property
+    def combinations(self) -> Split:
+        """What there is to learn, and what is held out."""
+        learned, held_out = (
+            tuple(
+                each
+                for each in part
+                if (each.colour, each.shape) not in self.without and (not self.names or set(each) <= set(self.names))
+            )
+            for part in split_combinations(seed=self.seed)
+        )
+        return learned, held_out
+
+
+@configuration
+class SubjectData:
+    """A few clips of one thing of the synthetic world, which captions call by a word of its own in place of its colour.
+
+    Raises:
+        ConfigError: a name is unknown, the word is one of the world's, or a motion is both shown and set aside.
+    """
+
+    world: World
+    colour: str
+    shape: str
+    word: str
+    shown: tuple[str, ...]  # motions
+    unshown: tuple[str, ...]  # motions of the clips that are set aside
+    num_clips: int
+    num_validation: int
+    seed: int
+    kind: Literal["subject"] = "subject"
+
+    def __post_init__(self) -> None:
+        for motion in (*self.shown, *self.unshown):
+            prompt(self.colour, self.shape, motion)  # refuses unknown names
+        if not self.shown or not self.unshown or set(self.shown) & set(self.unshown):
+            raise ConfigError(
+                f"a subject is shown in some motions and set aside in others, got {list(self.shown)} and {list(self.unshown)}"
+            )
+        known = {word for each in COMBINATIONS for word in words_of(prompt(*each))}
+        if words_of(self.word) != [self.word] or self.word in known:
+            raise ConfigError(
+                f"a subject needs one word in lower case that captions do not know yet, got {self.word!r}"
+            )
+
+    @property
+    def combinations(self) -> Split:
+        """What there is to learn, and what is held out."""
+        learned, held_out = (
+            tuple(Combination(self.colour, self.shape, motion) for motion in motions)
+            for motions in (self.shown, self.unshown)
+        )
+        return learned, held_out
+
+    def named(self, text: str) -> str:
+        """Return a caption with the word in place of the colour."""
+        return text.replace(self.colour, self.word)
 
 
 @configuration
@@ -125,13 +210,37 @@ class AutoencoderStage:
 
 
 @configuration
+class Prior:
+    """Clips of its class that a pretrained transformer makes itself, to go on making them while it learns a subject.
+
+    They are made once, by the recipe's sampling, clip i of prompt i (the prompts take turns) and of noise seed + i.
+
+    Raises:
+        ConfigError: there are no prompts or no clips, or the weight is not positive.
+    """
+
+    prompts: tuple[str, ...]  # of the class, without the subject's word
+    num_clips: int = 64
+    weight: float = 1.0  # of their loss beside the subject's (Ruiz et al. 2023, DreamBooth, eq. 2)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or self.num_clips < 1 or not 0 < self.weight < float("inf"):
+            raise ConfigError(
+                f"a prior needs prompts, clips and a weight above 0, got {len(self.prompts)}, {self.num_clips} and "
+                f"{self.weight}; nearest to none at all: dit.prior=null"
+            )
+
+
+@configuration
 class TransformerStage:
     """The transformer over the autoencoder's latents: trained from scratch, or a pretrained one trained on.
 
     With an adapter, that alone is learned, by AdamW; the finished model has it in its weights.
 
     Raises:
-        ConfigError: there is an adapter, but nothing pretrained.
+        ConfigError: there is an adapter or a prior, but nothing pretrained; an adapter is to be learned on a mesh; or a
+            step's batches cannot be dealt to it.
     """
 
     model: DiTConfig
@@ -139,6 +248,8 @@ class TransformerStage:
     training: TrainingConfig
     pretrained: str | None = None  # a run or model folder
     adapter: LoRA | None = None
+    prior: Prior | None = None  # as many of its clips as of others in every batch
+    parallel: ParallelConfig = ParallelConfig()  # how it is spread over the processes that torchrun starts
     batches: Packed | Buckets | None = None  # how clips of several shapes make batches, in place of training.batch_size
 
     def __post_init__(self) -> None:
@@ -146,6 +257,21 @@ class TransformerStage:
             raise ConfigError(
                 "an adapter changes a transformer that exists; set dit.pretrained, or leave dit.adapter out"
             )
+        if self.prior is not None and self.pretrained is None:
+            raise ConfigError(
+                "a prior is what a pretrained transformer makes; set dit.pretrained, or leave dit.prior out"
+            )
+        if self.adapter is not None and self.parallel.mesh.world_size > 1:
+            raise ConfigError(
+                f"an adapter is learned by one process, got a mesh of {self.parallel.mesh.world_size}; nearest: "
+                "dit.parallel.mesh of 1, with dit.parallel.recompute=blocks where memory is short"
+            )
+        if self.parallel.compile == "blocks" and isinstance(self.batches, Packed):
+            raise ConfigError(
+                "compiled blocks would be compiled again for every new row of clips; nearest: dit.parallel.compile=none, or "
+                "dit.batches.kind=buckets"
+            )
+        self.training.check(self.parallel.mesh.data_parallel)
 
 
 @configuration
@@ -159,7 +285,7 @@ class Recipe:
         ConfigError: the parts do not fit each other.
     """
 
-    data: WorldData | FolderData
+    data: WorldData | SubjectData | FolderData | ShardsData
     clip: ClipSpec
     vae: AutoencoderStage
     text: HashedWords | ClassWords | Sentences
@@ -169,6 +295,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._check_shapes()
+        if isinstance(self.data, ShardsData):
+            self._check_shards()
         for name, need in {"in_channels": self.vae.model.latent_channels, **self.text.doors}.items():
             have = getattr(self.dit.model, name)
             if have != need:
@@ -187,6 +315,14 @@ class Recipe:
             raise ConfigError(
                 f"guidance needs an unconditional branch, but dit.flow.condition_dropout is 0 and sampling.guidance_scale "
                 f"{self.sampling.guidance_scale}; nearest: a condition_dropout of 0.1, or a guidance_scale of 1"
+            )
+
+    def _check_shards(self) -> None:
+        if self.vae.pretrained is None or self.vae.tuned:
+            raise ConfigError("shards hold latents of one autoencoder; set vae.pretrained to it, and vae.tuned=false")
+        if self.also or self.dit.batches is not None or self.dit.prior is not None:
+            raise ConfigError(
+                "shards hold clips of one shape and no prior; nearest: also=[], dit.batches=null and dit.prior=null"
             )
 
     def latent_shape(self, clip: ClipSpec) -> tuple[int, int, int]:
@@ -245,11 +381,17 @@ class Run:
 def run(recipe: Recipe, folder: Path, *, console: Console | None = None) -> Run:
     """Carry out `recipe` in `folder`, or go on where an earlier call stopped.
 
+    Started by torchrun, the transformer is trained by all processes as `dit.parallel` says; the rest is done by the first,
+    in a folder that all of them see. A stopped run may go on with another mesh.
+
     Raises:
-        ConfigError: the folder holds a run of another recipe.
+        ConfigError: the folder holds a run of another recipe, or the mesh is not of as many processes as there are.
         DataError: there is nothing to learn from.
     """
-    return _Runner(recipe, folder, console or Console()).go()
+    recipe.dit.parallel.check(recipe.dit.model, int(os.environ.get("WORLD_SIZE", "1")))
+    with start(recipe.dit.parallel.mesh, "cpu") as workers:
+        console = (console or Console()) if workers.is_first else Console(quiet=True)
+        return _Runner(recipe, folder, console, workers).go()
 
 
 def train_autoencoder(recipe: Recipe, folder: Path, *, console: Console | None = None) -> Path | None:
@@ -261,8 +403,41 @@ def train_autoencoder(recipe: Recipe, folder: Path, *, console: Console | None =
         ConfigError: as `run`.
         DataError: as `run`.
     """
-    runner = _Runner(recipe, folder, console or Console())
+    runner = _Runner(recipe, folder, console or Console(), alone())
     return None if runner.autoencoder() is None else folder / "vae" / "final.safetensors"
+
+
+def trained_autoencoder(folder: Path) -> tuple[Recipe, Path] | None:
+    """Return the recipe of a run that has trained an autoencoder, and the file of its weights; None if it has not.
+
+    Raises:
+        CheckpointError: the run was not made by this version.
+    """
+    weights, path = folder / "vae" / "final.safetensors", folder / "recipe.json"
+    if not (weights.is_file() and path.is_file()):
+        return None
+    try:
+        return from_dict(Recipe, json.loads(path.read_text())), weights
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        raise CheckpointError(f"{path} is not a recipe this version reads: {error}") from error
+
+
+def pretrained_autoencoder(folder: Path) -> CausalVAE:
+    """Return the autoencoder of a run or model folder of ours, or of a published folder, in float32.
+
+    Raises:
+        CheckpointError: the folder holds none.
+    """
+    if (folder / "model_index.json").is_file():
+        return load_vae(folder / "vae", dtype=torch.float32)
+    if (folder / "config.json").is_file():
+        return load_vae(folder, dtype=torch.float32)
+    whole = any((folder / name).is_file() for name in ("model.json", "model/model.json"))
+    if not whole and (found := trained_autoencoder(folder)) is not None:
+        vae = CausalVAE(found[0].vae.model)
+        load_weights(found[1], vae)
+        return vae
+    return Pipeline.load(folder).vae
 
 
 class Clips(NamedTuple):
@@ -275,28 +450,104 @@ class Clips(NamedTuple):
         return [str(self.store.meta(row)["caption"]) for row in self.rows.tolist()]
 
 
+def set_aside(store: Store, data: FolderData, clip: ClipSpec) -> tuple[Clips, Clips]:
+    """Return the clips of a folder to learn from, and those set aside.
+
+    Raises:
+        DataError: nothing is left to learn from.
+    """
+    if len(store) <= data.num_validation:
+        raise DataError(
+            f"{data.folder} gives {len(store)} clips of {clip.num_frames} frames, and {data.num_validation} are to be set "
+            f"aside; add videos, or set data.num_validation to at most {max(0, len(store) - 1)}"
+        )
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))
+    return Clips(store, order[data.num_validation :]), Clips(store, order[: data.num_validation])
+
+
+def claim(folder: Path, name: str, values: dict[str, Any], *, may_change: str = "/") -> None:
+    """Write what a run depends on into its folder, or find the same there, but for what begins with `may_change`.
+
+    Raises:
+        ConfigError: the folder holds a run of something else, or no run.
+    """
+    path = folder / name
+    if path.is_file():
+        differences = [
+            difference
+            for difference in _differences(json.loads(path.read_text()), values)
+            if not difference.startswith(may_change)
+        ]
+        if differences:
+            raise ConfigError(
+                f"{folder} is a run of another recipe ({'; '.join(differences[:3])}); go on with the old values, or "
+                f"choose another folder"
+            )
+        return
+    if folder.exists() and any(not found.name.endswith(".partial") for found in folder.iterdir()):
+        raise ConfigError(f"{folder} holds files that are no run; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, values)
+
+
+class Prepared(NamedTuple):
+    """All that the transformer learns from."""
+
+    captions: list[str]
+    vae: CausalVAE
+    latents: Stores | list[ShardSet]
+    unseen: Store
+    prior: Store | None
+    finished: bool  # the model is there already
+
+
 class _Runner:
-    def __init__(self, recipe: Recipe, folder: Path, console: Console) -> None:
-        self.recipe, self.folder, self.console = recipe, folder, console
+    def __init__(self, recipe: Recipe, folder: Path, console: Console, workers: Workers) -> None:
+        self.recipe, self.folder, self.console, self.workers = recipe, folder, console, workers
         self.seconds_file = folder / "seconds.json"
 
     def go(self) -> Run:
-        self._claim()
-        learned, unseen = self._clips()
-        self.recipe.text(learned.captions() + unseen.captions())  # a caption that is too long stops the run here
         model = self.folder / "model"
+        prepared = self.workers.first("prepared", self._prepare)
+        if prepared is None:
+            return Run(self.folder, None, self._seconds())
+        if not prepared.finished:
+            dit = self._transformer(prepared)
+            if dit is None:
+                return Run(self.folder, None, self._seconds())
+            if self.workers.is_first:
+                Pipeline(self._card(prepared.captions), prepared.vae, dit).save(model)
+        return Run(self.folder, model, self._seconds())
+
+    def _prepare(self) -> "Prepared | None":
+        """Make all that the transformer learns from, or find it made; None if that was interrupted."""
+        self._claim()
+        if isinstance(self.recipe.data, ShardsData):
+            return self._open_shards(self.recipe.data)
+        learned, unseen = self._clips()
+        asked = [] if self.recipe.dit.prior is None else list(self.recipe.dit.prior.prompts)
+        self.recipe.text(learned.captions() + unseen.captions() + asked)  # one that is too long stops the run here
         vae = self._autoencoder(learned, unseen)
         if vae is None:
-            return Run(self.folder, None, self._seconds())
+            return None
         unseen_latents = self._latents(vae, unseen, "latents_unseen")
         shapes = {"latents": learned, **{f"latents_{k}": each for k, each in enumerate(self._also(unseen), start=1)}}
         latents = Stores([self._latents(vae, clips, name) for name, clips in shapes.items()])
-        if not model.exists():
-            dit = self._transformer(vae, latents, unseen_latents)
-            if dit is None:
-                return Run(self.folder, None, self._seconds())
-            Pipeline(self._card(learned.captions()), vae, dit).save(model)
-        return Run(self.folder, model, self._seconds())
+        finished = (self.folder / "model").exists()
+        prior = None if finished else self._prior(vae)
+        return Prepared(learned.captions(), vae, latents, unseen_latents, prior, finished)
+
+    def _open_shards(self, data: ShardsData) -> "Prepared":
+        path = self.recipe.vae.pretrained
+        assert path is not None
+        vae, _ = self._pretrained(path)
+        file = model_folder(Path(path)) / "vae.safetensors"
+        sets, aside = open_sets(data, made_by=[_digest(vae), files_sha256([file])])
+        unseen = aside_of(aside, data.num_validation, self.folder / "latents_unseen")
+        shape, wanted = unseen.shape("mean"), (vae.config.latent_channels, *self.recipe.latent_shape(self.recipe.clip))
+        if shape != wanted:
+            raise DataError(f"{aside.name} holds latents of {list(shape)}, the recipe's clip gives {list(wanted)}")
+        return Prepared([], vae, sets, unseen, None, (self.folder / "model").exists())
 
     def _card(self, captions: list[str]) -> ModelCard:
         words = {word for caption in captions for word in words_of(caption)}
@@ -311,19 +562,7 @@ class _Runner:
     # The folder, and what has been spent in it
 
     def _claim(self) -> None:
-        path, values = self.folder / "recipe.json", to_dict(self.recipe)
-        if path.is_file():
-            differences = _differences(json.loads(path.read_text()), values)
-            if differences:
-                raise ConfigError(
-                    f"{self.folder} is a run of another recipe ({'; '.join(differences[:3])}); go on with the old values, "
-                    f"or choose another folder"
-                )
-            return
-        if self.folder.exists() and any(not found.name.endswith(".partial") for found in self.folder.iterdir()):
-            raise ConfigError(f"{self.folder} holds files that are no run; choose another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, values)
+        claim(self.folder, "recipe.json", to_dict(self.recipe), may_change="dit.parallel.")
 
     def _seconds(self) -> dict[str, float]:
         return json.loads(self.seconds_file.read_text()) if self.seconds_file.is_file() else {}
@@ -341,33 +580,29 @@ class _Runner:
         self.console.print(f"{title}: {seconds:.0f} s", highlight=False)
 
     def _spent(self, name: str, seconds: float) -> None:
-        write_json(self.seconds_file, {**self._seconds(), name: round(seconds, 2)})
+        if self.workers.is_first:
+            write_json(self.seconds_file, {**self._seconds(), name: round(seconds, 2)})
 
     # Clips
 
     def _clips(self) -> tuple[Clips, Clips]:
         """Return the clips to learn from and the clips set aside."""
         data = self.recipe.data
-        if isinstance(data, WorldData):
+        if isinstance(data, ShardsData):
+            raise ConfigError("an autoencoder learns from clips, and shards hold latents; nearest: data.kind=folder")
+        if not isinstance(data, FolderData):
             self._render(data)
             learned = self._decoded(self.folder / "videos", "clips")
             unseen = self._decoded(self.folder / "videos_unseen", "clips_unseen")
             return Clips(learned, torch.arange(len(learned))), Clips(unseen, torch.arange(len(unseen)))
-        store = self._decoded(Path(data.folder), "clips")
-        if len(store) <= data.num_validation:
-            raise DataError(
-                f"{data.folder} gives {len(store)} clips of {self.recipe.clip.num_frames} frames, and {data.num_validation} "
-                f"are to be set aside; add videos, or set data.num_validation to at most {max(0, len(store) - 1)}"
-            )
-        order = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))
-        return Clips(store, order[data.num_validation :]), Clips(store, order[: data.num_validation])
+        return set_aside(self._decoded(Path(data.folder), "clips"), data, self.recipe.clip)
 
     def _also(self, unseen: Clips) -> list[Clips]:
         """Return the clips of the other shapes, but of videos from which clips are set aside."""
         data, found = self.recipe.data, []
-        world = isinstance(data, WorldData)
-        videos = self.folder / "videos" if isinstance(data, WorldData) else Path(data.folder)
-        aside = set() if world else {unseen.store.meta(row)["file"] for row in unseen.rows.tolist()}
+        rendered = not isinstance(data, FolderData)
+        videos = Path(data.folder) if isinstance(data, FolderData) else self.folder / "videos"
+        aside = set() if rendered else {unseen.store.meta(row)["file"] for row in unseen.rows.tolist()}
         for number, spec in enumerate(self.recipe.also, start=1):
             store = self._decoded(videos, f"clips_{number}", spec)
             rows = [row for row in range(len(store)) if store.meta(row)["file"] not in aside]
@@ -379,8 +614,8 @@ class _Runner:
             found.append(Clips(store, torch.tensor(rows)))
         return found
 
-    def _render(self, data: WorldData) -> None:
-        learned, held_out = split_combinations(seed=data.seed)
+    def _render(self, data: WorldData | SubjectData) -> None:
+        learned, held_out = data.combinations
         parts = (("videos", data.num_clips, learned, 0), ("videos_unseen", data.num_validation, held_out, 1))
         for name, num_clips, combinations, offset in parts:
             target, partial = self.folder / name, self.folder / f".{name}.partial"
@@ -396,6 +631,9 @@ class _Runner:
                     seed=data.seed + offset,
                     on_clip=on_clip,
                 )
+            if isinstance(data, SubjectData):
+                for caption in partial.glob("*.txt"):
+                    caption.write_text(data.named(caption.read_text()))
             partial.rename(target)
 
     def _decoded(self, videos: Path, name: str, spec: ClipSpec | None = None) -> Store:
@@ -460,7 +698,7 @@ class _Runner:
         self._spent("autoencoder", result.seconds)
         if result.interrupted:
             return None
-        load_weights(_best_weights(result.checkpoint), task.model)
+        load_weights(best_weights(result.checkpoint), task.model)
         vae.eval()
         if stage.loss.learned == "all":
             with self._stage("encode", "measuring the latents"):
@@ -501,8 +739,8 @@ class _Runner:
 
     def _pretrained(self, path: str) -> tuple[CausalVAE, Reference]:
         """Return the autoencoder of a folder, inflated if need be, and a function to its latents of single frames."""
-        stage, found = self.recipe.vae, Pipeline.load(Path(path))
-        own, vae = found.card.vae, found.vae
+        stage, vae = self.recipe.vae, pretrained_autoencoder(Path(path))
+        own = vae.config
         reference = frame_latents(deepcopy(vae).eval(), stage.model.temporal_stride)
         if own != stage.model:
             halvings = stage.model.temporal_stride.bit_length() - 1
@@ -545,7 +783,7 @@ class _Runner:
             for part, caption in zip(clips.rows.split(8), _split(captions, 8), strict=True):
                 with torch.no_grad(), self._autocast(self.recipe.vae.training):
                     posterior = vae.encode(to_float(clips.store.batch("frames", part)))
-                text = _parts(self.recipe.text(caption).condition())
+                text = parts_of_condition(self.recipe.text(caption).condition())
                 for index in range(len(part)):
                     yield {
                         "mean": posterior.mean[index].half(),
@@ -563,12 +801,21 @@ class _Runner:
 
     # The transformer
 
-    def _transformer(self, vae: CausalVAE, latents: Stores, unseen: Store) -> VideoDiT | None:
-        """Return the trained transformer, or None when training was interrupted."""
+    def _untrained(self) -> VideoDiT:
+        """Return the transformer as it begins."""
         stage = self.recipe.dit
         torch.manual_seed(stage.training.seed)
-        dit = VideoDiT(stage.model) if stage.pretrained is None else self._pretrained_transformer(stage.pretrained)
-        shapes = [latents.shape("mean", row) for row in range(len(latents))]
+        return VideoDiT(stage.model) if stage.pretrained is None else self._pretrained_transformer(stage.pretrained)
+
+    def _transformer(self, prepared: "Prepared") -> VideoDiT | None:
+        """Return the trained transformer, or None when training was interrupted."""
+        stage, vae, latents, unseen = self.recipe.dit, prepared.vae, prepared.latents, prepared.unseen
+        dit = parallelize(self._untrained(), self.workers, stage.parallel)
+        shapes = (
+            [latents.shape("mean", row) for row in range(len(latents))]
+            if isinstance(latents, Stores)
+            else [unseen.shape("mean")]
+        )
         sizes = clip_sizes(
             stage.model, [(t, h, w) for _, t, h, w in shapes], context_tokens=self.recipe.text.context_tokens
         )
@@ -579,17 +826,25 @@ class _Runner:
             write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in clips], columns=6)
 
         null = self.recipe.text([""]).condition()
+        prior = prepared.prior
 
         def batch(store: Store, rows: Tensor) -> LatentBatch:
             posterior = Posterior(*(store.batch(key, rows).float() for key in ("mean", "logvar")))
-            stored: dict[str, Any] = {name: store.batch(name, rows) for name in _parts(null)}
+            stored: dict[str, Any] = {name: store.batch(name, rows) for name in parts_of_condition(null)}
             return LatentBatch(posterior, Condition(**stored))
 
-        def collate(rows: Tensor, _: torch.Generator) -> LatentBatch | list[LatentBatch]:
+        def subject(rows: Tensor) -> LatentBatch | list[LatentBatch]:
+            assert isinstance(latents, Stores)
             stores, own = zip(*map(latents.place, rows.tolist()), strict=True)
             if isinstance(stage.batches, Packed):
                 return [batch(store, torch.tensor([row])) for store, row in zip(stores, own, strict=True)]
             return batch(stores[0], torch.tensor(own))
+
+        def collate(rows: Tensor, generator: torch.Generator) -> LatentBatch | list[LatentBatch] | Preserved:
+            if stage.prior is None or prior is None:
+                return subject(rows)
+            drawn = torch.randint(len(prior), (len(rows),), generator=generator)
+            return Preserved(subject(rows), batch(prior, drawn), stage.prior.weight)
 
         flow = FlowTask(
             dit,
@@ -604,31 +859,84 @@ class _Runner:
             generator = torch.Generator().manual_seed(stage.training.seed)
             task = AdapterTask(flow, new_adapter(dit, stage.adapter, generator))
         self.console.rule("transformer")
-        with ShuffledBatches(
-            len(latents),
-            stage.training.batch_size if stage.batches is None else Plan(stage.batches, sizes),
-            collate,
-            seed=stage.training.seed,
-            prefetch=0,  # a millisecond, less than a second pool of threads would cost
-        ) as batches:
+        seed, size, data = stage.training.seed, stage.training.batch_size, self.recipe.data
+        loader: ShuffledBatches[Any] | ShardedBatches[LatentBatch]
+        if isinstance(data, ShardsData):
+            assert isinstance(latents, list)
+            loader = sharded_batches(latents, data, size, seed=seed, on_skip=self.console.print)
+        else:  # no prefetch: a batch takes a millisecond, less than a second pool of threads would cost
+            plan = size if stage.batches is None else Plan(stage.batches, sizes)
+            loader = ShuffledBatches(len(latents), plan, collate, seed=seed, prefetch=0)
+        with loader as batches:
             result = train(
                 task,
                 batches,
                 stage.training,
                 self.folder / "dit",
                 hidden=inner_matrix if stage.adapter is None else lambda name, weight: False,
+                workers=self.workers,
+                data=_hash_of(
+                    [store.fingerprint for store in (*latents.stores, unseen)]
+                    if isinstance(latents, Stores)
+                    else [each.identity for each in latents]
+                ),
                 console=self.console,
             )
         self._spent("transformer", result.seconds)
         if result.interrupted:
             return None
-        load_weights(_best_weights(result.checkpoint), task.model)
+        if self.workers.world_size > 1:
+            dit = VideoDiT(stage.model)
+            load_weights(best_weights(result.checkpoint), dit)
+            return dit.eval()
+        load_weights(best_weights(result.checkpoint), task.model)
         if isinstance(task, AdapterTask):
             task.applied.undo()
             shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of a run that was killed before its model
-            save_adapter(task.model.adapter, dit, self.folder / "adapter")
+            times = None if stage.flow.times == (0.0, 1.0) else stage.flow.times
+            save_adapter(task.model.adapter, dit, self.folder / "adapter", times=times)
             merge(dit, [(task.model.adapter, 1.0)])
         return dit.eval()
+
+    def _prior(self, vae: CausalVAE) -> Store | None:
+        """Cache latents of what the transformer makes of its class before it is trained on, and show some of it."""
+        stage, recipe = self.recipe.dit, self.recipe
+        if stage.prior is None or stage.pretrained is None:
+            return None
+        prior, folder = stage.prior, self.folder / "latents_prior"
+        made_by = {
+            "model": fingerprint(Path(stage.pretrained)),
+            "prior": to_dict(prior),
+            "sampling": to_dict(recipe.sampling),
+            "text": to_dict(recipe.text),
+        }
+        if (folder / "store.json").is_file():
+            return Store.open(folder, fingerprint=made_by)
+        shutil.rmtree(folder, ignore_errors=True)  # begun and not finished
+        pipeline = Pipeline(self._card([]), vae, self._untrained())
+        prompts = [prior.prompts[index % len(prior.prompts)] for index in range(prior.num_clips)]
+
+        def samples(on_clip: Callable[[int, int], None]) -> Iterator[dict[str, Tensor]]:
+            for done in range(0, len(prompts), 16):
+                part = prompts[done : done + 16]
+                latents = pipeline.generate(part, seed=prior.seed + done, output="latents").half()
+                text = parts_of_condition(recipe.text(part).condition())
+                for index in range(len(part)):
+                    yield {
+                        "mean": latents[index],
+                        "logvar": torch.full_like(latents[index], POINT),
+                        **{name: value[index] for name, value in text.items()},
+                    }
+                on_clip(done + len(part), len(prompts))
+
+        meta = [{"caption": text, "seed": prior.seed + index} for index, text in enumerate(prompts)]
+        with self._stage("prior", f"making {len(prompts):,} clips of the class") as on_clip:
+            write_store(folder, samples(on_clip), fingerprint=made_by, meta=meta)
+        store = Store.open(folder)
+        with torch.no_grad():
+            shown = vae.decode(store.batch("mean", torch.arange(min(8, len(store)))).float()).float()
+        write_contact_sheet(folder / "clips.png", [to_frames(clip).numpy() for clip in shown], columns=6)
+        return store
 
     def _pretrained_transformer(self, path: str) -> VideoDiT:
         """Return the transformer of a folder, once it fits the recipe.
@@ -649,12 +957,12 @@ def _spread(clips: Clips, most: int) -> tuple[Tensor, ...]:
     return clips.rows[torch.linspace(0, len(clips.rows) - 1, min(most, len(clips.rows))).long()].split(8)
 
 
-def _best_weights(checkpoint: Path) -> Path:
+def best_weights(checkpoint: Path) -> Path:
     """Return the averaged weights of a checkpoint, or the plain ones where no average was kept."""
     return next(path for path in (checkpoint / "ema.safetensors", checkpoint / "weights.safetensors") if path.is_file())
 
 
-def _parts(condition: Condition) -> dict[str, Any]:
+def parts_of_condition(condition: Condition) -> dict[str, Any]:
     """Return what a condition has, by the names of its fields."""
     found = {field.name: getattr(condition, field.name) for field in fields(condition)}
     return {name: part for name, part in found.items() if part is not None}
@@ -670,6 +978,10 @@ def _digest(model: CausalVAE) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _hash_of(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(before: object, now: object, path: str = "") -> list[str]:

@@ -4,35 +4,46 @@
         weights.safetensors     the model, loadable alone with `load_weights`
         ema.safetensors         the same keys, with averaged parameters (when the run keeps an average)
         optimizer.safetensors   "<optimizer>/<parameter>/<name>": momenta and step counts
-        rng.safetensors         states of the run's generators and of torch's own
-        state.json              step, cursor, configuration, versions, and which parameters each optimizer holds
+        state.json              step, cursor, configuration, origin, and which parameters each optimizer holds
         manifest.json           size and SHA-256 of each file above; written last
 
-A checkpoint is written into a hidden folder, synced, and renamed, so a run killed at any moment leaves the previous
-one untouched. Nothing here is ever unpickled.
+A checkpoint is copied to memory, and written by a thread while the training goes on: into a hidden folder, synced, and
+renamed, so a run killed at any moment leaves the previous one untouched. Nothing here is ever unpickled.
+
+Several processes write the same files, each the parts it holds at the places where they belong
+(`reelflow.training.whole_file`). So a checkpoint of many processes is one of a single process, and the reverse; there
+is nothing to put together, and `weights.safetensors` is the export. torch.distributed.checkpoint would leave a file for each
+process and a pickle that says what is in them. The price: all processes must see one folder.
 """
 
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from reelflow.errors import CheckpointError
-from reelflow.models.weights import load_weights, read_tensors, write_tensors
+from reelflow.models.dit import VideoDiT
+from reelflow.models.weights import count_names
+from reelflow.parallel.mesh import Workers
+from reelflow.parallel.shard import boxes
 from reelflow.training.ema import Ema
+from reelflow.training.peers import Peers
+from reelflow.training.whole_file import DTYPES, Layout, Part, read_part
 
-__all__ = ["Latest", "latest", "prune", "read_state", "restore", "save"]
+__all__ = ["Latest", "Saver", "latest", "prune", "read_state", "restore", "write_weights"]
 
-WEIGHTS, EMA, OPTIMIZER, RNG = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "rng.safetensors")
+WEIGHTS, EMA, OPTIMIZER = "weights.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -44,54 +55,126 @@ class Latest(NamedTuple):
     torn: list[str]
 
 
-def save(
-    run: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    ema: Ema | None,
-    optimizers: Sequence[torch.optim.Optimizer],
-    generators: Mapping[str, torch.Generator],
-    state: Mapping[str, Any],
-) -> Path:
-    """Write the checkpoint of `step` and return its folder; `state` is what else the run must remember, as JSON.
+class _Held(NamedTuple):
+    """A tensor of a file, and the parameter whose layout over processes it shares; None: every process has all of it."""
+
+    tensor: Tensor
+    parameter: str | None
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time, while the run goes on. All of its processes make the same calls."""
+
+    def __init__(self, run: Path, workers: Workers) -> None:
+        self.run, self.workers, self.peers = run, workers, Peers(workers)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: nn.Module,
+        ema: Ema | None,
+        optimizers: Sequence[torch.optim.Optimizer],
+        state: Mapping[str, Any],
+        keep_last: int | None = None,
+        keep: Collection[int] = (),
+    ) -> Path:
+        """Begin to write the checkpoint of `step`, and return where it will be; `state` is what else the run must
+        remember, as JSON. When it is whole, all others but the `keep_last` newest and those in `keep` are deleted.
+
+        Everything is copied before this returns. The previous checkpoint is waited for.
+
+        Raises:
+            CheckpointError: the previous one could not be written.
+        """
+        self.wait()
+        files = _files(model, ema, optimizers)
+        layouts = {
+            file: Layout({name: held.tensor for name, held in tensors.items()}) for file, tensors in files.items()
+        }
+        copies = {file: list(_copied(tensors, model, self.workers)) for file, tensors in files.items()}
+        described = json.dumps(
+            {**state, "step": step, "optimizers": _optimizer_structure(model, optimizers)}, indent=1
+        )  # here and now: what is in it goes on changing
+
+        def write() -> None:
+            try:
+                self._write(step, layouts, copies, described)
+                if keep_last is not None and self.workers.is_first:
+                    prune(self.run, keep_last=keep_last, keep=keep)
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+        return self.run / f"step-{step:08d}"
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written; what was there before is untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, step: int, layouts: Mapping[str, Layout], parts: Mapping[str, Sequence[Part]], state: str) -> None:
+        run, together, is_first = self.run, self.peers.together, self.workers.is_first
+        folder, partial = run / f"step-{step:08d}", run / f".step-{step:08d}.partial"
+
+        def begin() -> None:
+            if is_first:
+                run.mkdir(parents=True, exist_ok=True)
+                for left_behind in run.glob(".step-*.partial"):
+                    shutil.rmtree(left_behind)
+                partial.mkdir()
+                for file, layout in layouts.items():
+                    layout.create(partial / file)
+
+        def fill() -> None:
+            for file, layout in layouts.items():
+                layout.fill(partial / file, parts[file])
+
+        def finish() -> None:
+            if is_first:
+                _write_text(partial / STATE, state)
+                fingerprints = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+                _write_text(partial / MANIFEST, json.dumps(fingerprints, indent=1))
+                _sync(partial)
+                if folder.exists():  # only a torn one: a run goes on from its newest whole checkpoint
+                    shutil.rmtree(folder)
+                partial.rename(folder)
+                _sync(run)
+
+        try:
+            for stage in (begin, fill, finish):
+                together(stage)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"could not write the checkpoint of step {step} to {run}: {error}; earlier checkpoints are intact, "
+                f"free some space or choose another folder and resume"
+            ) from error
+        finally:
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)  # gone already, unless something failed
+
+
+def write_weights(path: Path, model: nn.Module, workers: Workers, peers: Peers) -> None:
+    """Write the weights of a model into one file; all processes of a run call this.
 
     Raises:
-        CheckpointError: a file could not be written (the disk is full, say); what was there before is untouched.
+        OSError: it cannot be written.
     """
-    folder, partial = run / f"step-{step:08d}", run / f".step-{step:08d}.partial"
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        for left_behind in run.glob(".step-*.partial"):
-            shutil.rmtree(left_behind)
-        partial.mkdir()
-        _write_tensors(partial / WEIGHTS, model.state_dict())
-        if ema is not None:
-            _write_tensors(partial / EMA, ema.state_dict())
-        _write_tensors(partial / OPTIMIZER, _optimizer_tensors(model, optimizers))
-        _write_tensors(partial / RNG, _generator_states(generators))
-        described = {
-            "step": step,
-            "optimizers": _optimizer_structure(model, optimizers),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        }
-        _write_json(partial / STATE, {**state, **described})
-        _write_json(partial / MANIFEST, {path.name: _fingerprint(path) for path in sorted(partial.iterdir())})
-        _sync(partial)
-        if folder.exists():  # only a torn one: a run goes on from its newest whole checkpoint
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        _sync(run)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"could not write the checkpoint of step {step} to {run}: {error}; earlier checkpoints are intact, "
-            f"free some space or choose another folder and resume"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return folder
+    tensors = _weights(model)
+    layout = Layout({name: held.tensor for name, held in tensors.items()})
+    peers.together(lambda: layout.create(path) if workers.is_first else None)
+    peers.together(lambda: layout.fill(path, _copied(tensors, model, workers)))
 
 
 def latest(run: Path) -> Latest:
@@ -132,29 +215,54 @@ def restore(
     model: nn.Module,
     ema: Ema | None,
     optimizers: Sequence[torch.optim.Optimizer],
-    generators: Mapping[str, torch.Generator],
+    workers: Workers,
 ) -> None:
-    """Put everything back as it was when `folder` was saved, to the last bit, torch's global generators included.
+    """Put everything back as it was when `folder` was saved, to the last bit; each process reads the parts it holds.
 
     Raises:
-        CheckpointError: the checkpoint is unreadable, or of another model, optimiser or set of generators.
+        CheckpointError: the checkpoint is unreadable, or of another model or optimiser.
     """
-    load_weights(folder / WEIGHTS, model)
     state = read_state(folder)
     structure = _optimizer_structure(model, optimizers)
+    _read(folder / WEIGHTS, _weights(model), model, workers)
     if state.get("optimizers") != structure:
         raise CheckpointError(
             f"{folder} was written with other optimizers: {_summary(state.get('optimizers'))}; this run has "
             f"{_summary(structure)}; restore the same choice of hidden weights, or start a new run"
         )
     if ema is not None:
-        ema.load_state_dict(read_tensors(folder / EMA))
-    _load_optimizers(read_tensors(folder / OPTIMIZER), model, optimizers, folder)
-    _load_generators(read_tensors(folder / RNG), generators, folder)
+        _read(folder / EMA, _averages(model, ema), model, workers)
+    _restore_optimizers(folder / OPTIMIZER, model, optimizers, workers)
 
 
-@torch.no_grad()
-# What a run holds, as flat dictionaries of tensors.
+# What a run holds, by file and name.
+
+
+def _files(
+    model: nn.Module, ema: Ema | None, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, dict[str, _Held]]:
+    names = _names(model)
+    moments = {
+        f"{index}/{names[id(parameter)]}/{key}": _Held(value, names[id(parameter)] if value.ndim else None)
+        for index, optimizer in enumerate(optimizers)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    averages = {} if ema is None else {EMA: _averages(model, ema)}
+    return {WEIGHTS: _weights(model), **averages, OPTIMIZER: moments}
+
+
+def _weights(model: nn.Module) -> dict[str, _Held]:
+    return _held(model, {name: value.detach() for name, value in model.state_dict().items()})
+
+
+def _averages(model: nn.Module, ema: Ema) -> dict[str, _Held]:
+    return _held(model, ema.state_dict())
+
+
+def _held(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, _Held]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: _Held(value, name if name in parameters else None) for name, value in state.items()}
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -166,87 +274,113 @@ def _optimizer_structure(model: nn.Module, optimizers: Sequence[torch.optim.Opti
     return [
         {
             "kind": type(optimizer).__name__,
-            "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
+            "weights": sorted(names[id(p)] for group in optimizer.param_groups for p in group["params"]),
         }
         for optimizer in optimizers
     ]
 
 
 def _summary(structure: list[dict[str, Any]] | None) -> str:
-    return ", ".join(f"{item['kind']} over {sum(map(len, item['groups']))} weights" for item in structure or [])
+    return ", ".join(f"{item['kind']} over {len(item['weights'])} weights" for item in structure or [])
 
 
-def _optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    names = _names(model)
-    return {
-        f"{index}/{names[id(parameter)]}/{key}": value
-        for index, optimizer in enumerate(optimizers)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+def _copied(tensors: Mapping[str, _Held], model: nn.Module, workers: Workers) -> Iterator[Part]:
+    """Copy what this process is to write, to the memory of the CPU."""
+    for name, held in tensors.items():
+        for box in _boxes(held, model, workers):
+            if box.writes:
+                copy = torch.empty(box.data.shape, dtype=box.data.dtype)
+                yield Part(name, box.offset, copy.copy_(box.data))
 
 
-def _load_optimizers(
-    tensors: dict[str, Tensor], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], folder: Path
+class _Box(NamedTuple):
+    offset: tuple[int, ...]
+    data: Tensor
+    writes: bool
+
+
+def _boxes(held: _Held, model: nn.Module, workers: Workers) -> list[Any]:
+    if held.parameter is None or not isinstance(held.tensor, DTensor):
+        return [_Box((0,) * held.tensor.ndim, held.tensor.detach(), workers.is_first)]
+    assert isinstance(model, VideoDiT)  # all that `parallelize` spreads
+    return list(boxes(held.parameter, held.tensor, model, workers))
+
+
+@torch.no_grad()
+def _read(path: Path, tensors: Mapping[str, _Held], model: nn.Module, workers: Workers) -> None:
+    """Fill tensors from a file that has exactly these."""
+    with _opened(path) as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        expected = {name: list(held.tensor.shape) for name, held in tensors.items()}
+        problems = count_names(
+            {
+                "missing": [name for name in expected if name not in found],
+                "unexpected": [name for name in found if name not in expected],
+                "of another shape": [
+                    f"{name} is {found[name]}, expected {expected[name]}"
+                    for name in expected
+                    if name in found and found[name] != expected[name]
+                ],
+            }
+        )
+        if problems:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another model: {problems}; build {type(model).__name__} from the "
+                f"configuration stored with the weights"
+            )
+        for name, held in tensors.items():
+            for box in _boxes(held, model, workers):
+                read_part(file, Part(name, box.offset, box.data))
+
+
+def _restore_optimizers(
+    path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], workers: Workers
 ) -> None:
     names = _names(model)
-    for index, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for position, parameter in enumerate(parameters):
-            prefix = f"{index}/{names[id(parameter)]}/"
-            for name in [name for name in tensors if name.startswith(prefix)]:
-                value = tensors.pop(name)
-                if value.ndim and value.shape != parameter.shape:
-                    raise CheckpointError(
-                        f"{folder / OPTIMIZER}: {name} is {list(value.shape)}, expected {list(parameter.shape)}"
+    with _opened(path) as file:
+        unread = set(file.keys())
+        for index, optimizer in enumerate(optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for position, parameter in enumerate(parameters):
+                prefix = f"{index}/{names[id(parameter)]}/"
+                for name in sorted(name for name in unread if name.startswith(prefix)):
+                    value = state.setdefault(position, {})[name.removeprefix(prefix)] = _like(
+                        parameter, file.get_slice(name), f"{path}: {name}"
                     )
-                like = parameter if value.ndim else value  # in the memory layout the optimiser made it with
-                exact = torch.empty_like(like, dtype=value.dtype).copy_(value)
-                state.setdefault(position, {})[name.removeprefix(prefix)] = exact
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    if tensors:
-        raise CheckpointError(f"{folder / OPTIMIZER} holds state of unknown weights: {', '.join(list(tensors)[:3])}")
+                    held = _Held(value, names[id(parameter)] if value.ndim else None)
+                    for box in _boxes(held, model, workers):
+                        read_part(file, Part(name, box.offset, box.data))
+                    unread.remove(name)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if unread:
+        raise CheckpointError(f"{path} holds state of unknown weights: {', '.join(sorted(unread)[:3])}")
 
 
-def _generator_states(generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
-    states = {name: generator.get_state() for name, generator in generators.items()}
-    states["torch.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        states |= {f"torch.cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+def _like(parameter: Tensor, stored: Any, what: str) -> Tensor:
+    """Return an empty tensor for a stored one: a number, or laid out in memory and over processes as the parameter."""
+    dtype, shape = DTYPES[stored.get_dtype()], stored.get_shape()
+    if not shape:
+        return torch.empty((), dtype=dtype)
+    if shape != list(parameter.shape):
+        raise CheckpointError(f"{what} is {shape}, expected {list(parameter.shape)}")
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
 
-def _load_generators(states: dict[str, Tensor], generators: Mapping[str, torch.Generator], folder: Path) -> None:
-    expected = _generator_states(generators)
-    if states.keys() != expected.keys() or any(states[name].shape != expected[name].shape for name in expected):
-        raise CheckpointError(
-            f"{folder / RNG} holds the generators {', '.join(sorted(states))}, this run needs "
-            f"{', '.join(sorted(expected))}; resume on the kind of machine the run was started on"
-        )
-    for name, generator in generators.items():
-        generator.set_state(states[name])
-    torch.set_rng_state(states["torch.cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([states[f"torch.cuda.{index}"] for index in range(torch.cuda.device_count())])
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or is not a whole safetensors file: {error}") from error
 
 
 # Files.
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plain, seen = {}, set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        plain[name] = value.clone() if storage in seen else value  # safetensors refuses tensors that share memory
-        seen.add(storage)
-    write_tensors(plain, path)
-    _sync(path)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1))
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
     _sync(path)
 
 
@@ -267,7 +401,7 @@ def _damage(folder: Path) -> str:
     """Say what is wrong with a checkpoint, or nothing when it is whole."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if not {WEIGHTS, OPTIMIZER, RNG, STATE} <= manifest.keys():
+        if not {WEIGHTS, OPTIMIZER, STATE} <= manifest.keys():
             return f"{MANIFEST} does not list every file"
         for name, expected in manifest.items():
             if Path(name).name != name or _fingerprint(folder / name) != expected:

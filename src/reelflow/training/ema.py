@@ -1,12 +1,13 @@
 """A slowly moving average of the weights, which is what one validates, previews and ships."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from reelflow.errors import CheckpointError, ConfigError
+from reelflow.errors import ConfigError
+from reelflow.training.parts import here
 
 __all__ = ["Ema"]
 
@@ -16,6 +17,7 @@ class Ema:
 
     The decay in force after step s is min(decay, (1 + s) / (10 + s)), the rule of TensorFlow's
     ExponentialMovingAverage, so that the random start is forgotten early; with `warmup=False` it is `decay` throughout.
+    Of parameters spread over processes each averages its own part.
     """
 
     def __init__(self, model: nn.Module, decay: float, *, warmup: bool = True) -> None:
@@ -29,45 +31,21 @@ class Ema:
     def update(self, step: int) -> None:
         """Move towards the model's weights after training step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        weights = [p if p.dtype == torch.float32 else p.float() for p in self._params]
-        torch._foreach_lerp_(self._average, weights, 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the parameters of `model`, which is built like the one averaged."""
-        for parameter, average in zip(model.parameters(), self._average, strict=True):
-            parameter.copy_(average)
+        weights = [p if p.dtype == torch.float32 else p.float() for p in here(self._params)]
+        torch._foreach_lerp_(here(self._average), weights, 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Let the model hold the averaged weights inside the block, and exactly its own again after it."""
-        own = [p.detach().clone() for p in self._params]
-        self.copy_to(self.model)
+        own = [p.clone() for p in here(self._params)]
+        torch._foreach_copy_(here(self._params), here(self._average))
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self._params, own)
+            torch._foreach_copy_(here(self._params), own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a whole state dict of the model, with averages where the parameters were; not a copy."""
         averages = {id(p): average for p, average in zip(self._params, self._average, strict=True)}
         state = self.model.state_dict(keep_vars=True)
         return {name: averages.get(id(value), value.detach()) for name, value in state.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the averages from `state`, exactly.
-
-        Raises:
-            CheckpointError: an average is missing or of another shape.
-        """
-        here = self.state_dict()
-        for name, value in here.items():
-            if name not in state or state[name].shape != value.shape:
-                found = list(state[name].shape) if name in state else "nothing"
-                raise CheckpointError(f"the averaged weights hold {found} for {name}, expected {list(value.shape)}")
-        averages = {id(average) for average in self._average}
-        for name, value in here.items():
-            if id(value) in averages:
-                value.copy_(state[name])

@@ -8,6 +8,8 @@ A batch is clips of one shape, or a sequence of single clips of any shapes, whic
 (`reelflow.models.packing`). Every clip of a row has its own draws, the same as if it came alone, and counts once in the
 loss, whatever its size.
 
+Beside clips of a subject, a batch may bring clips that the network made itself before (`Preserved`), and the loss is of both.
+
 At t = 1 every process has the data itself and no noise. A published table of steps is no exception: its step 0, which
 still has some, stands before t = 1, so a given frame is one that no step has reached.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from reelflow.config import configuration
 from reelflow.data.loader import Size
+from reelflow.diffusion import timesteps
 from reelflow.diffusion.process import (
     Parameterization,
     Process,
@@ -31,7 +34,7 @@ from reelflow.diffusion.process import (
     as_read,
     mix,
 )
-from reelflow.diffusion.timesteps import LogitNormal, Shift, TimeDistribution, draw_times, shift_for
+from reelflow.diffusion.timesteps import LogitNormal, Shift, TimeDistribution, draw_times, shift_for, shift_times
 from reelflow.diffusion.weighting import Uniform, Weighting, loss_weight, variational_bound
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Gate
@@ -44,7 +47,7 @@ from reelflow.planning.cost import dit_cost
 from reelflow.training.loop import Loss
 from reelflow.training.meters import BinnedMean
 
-__all__ = ["FlowConfig", "FlowTask", "LatentBatch", "clip_sizes", "inner_matrix"]
+__all__ = ["FlowConfig", "FlowTask", "LatentBatch", "Preserved", "clip_sizes", "inner_matrix"]
 
 NUM_BINS = 8
 LAST_TIME = 1 - 2**-24  # the last of float32 before 1, which is for what is given
@@ -62,6 +65,7 @@ class FlowConfig:
     parameterization: Parameterization = Parameterization()
     time: TimeDistribution = LogitNormal()
     shift: Shift = 1.0  # a number, or a function of how many tokens the batch's clips have
+    times: tuple[float, float] = (0.0, 1.0)  # no others are drawn: those that one of two networks works at
     weighting: Weighting = Uniform()
     condition_dropout: float = 0.1  # share of samples trained without condition
     given_fraction: float = 0.2  # share of batches whose first latent frames are given
@@ -77,6 +81,9 @@ class FlowConfig:
             shift_for(self.shift, 1)
         if self.max_given < 1:
             raise ConfigError(f"max_given must be at least 1, got {self.max_given}")
+        low, high = self.times
+        if not 0 <= low < high <= 1:
+            raise ConfigError(f"times go from a lower to a higher t in [0, 1], got {low} and {high}; nearest: 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,18 @@ class LatentBatch:
 
     posterior: Posterior
     condition: Condition
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """Clips to learn, and clips that the network made before, whose loss is added in some weight.
+
+    loss = own + weight * prior (Ruiz et al. 2023, DreamBooth, eq. 2).
+    """
+
+    own: LatentBatch | Sequence[LatentBatch]
+    prior: LatentBatch
+    weight: float
 
 
 def clip_sizes(config: DiTConfig, shapes: Sequence[tuple[int, int, int]], *, context_tokens: int) -> list[Size]:
@@ -108,7 +127,7 @@ class FlowTask:
     """Diffusion training of a `VideoDiT` (see `reelflow.training.loop.Task`).
 
     `null` is the condition of nothing, one row; `validation` is a fixed batch of unseen clips; `previewer` writes
-    samples into a folder.
+    samples into a folder; `token_rate` is of all clips, latent frames a second, where positions are in seconds.
 
     Raises:
         ConfigError: images or given frames are asked of a model whose patch spans several latent frames.
@@ -123,6 +142,7 @@ class FlowTask:
         validation: LatentBatch | Sequence[LatentBatch],
         flops_per_sample: float = 0.0,
         previewer: Callable[[Path, int], None] | None = None,
+        token_rate: float | None = None,
     ) -> None:
         if model.config.patch.t > 1 and (config.given_fraction or config.image_fraction):
             raise ConfigError(
@@ -141,8 +161,17 @@ class FlowTask:
         self.validation = validation
         self.flops_per_sample = flops_per_sample
         self.previewer = previewer
+        self.token_rate = token_rate
 
-    def loss(self, batch: LatentBatch | Sequence[LatentBatch], generator: torch.Generator) -> Loss:
+    def loss(self, batch: LatentBatch | Sequence[LatentBatch] | Preserved, generator: torch.Generator) -> Loss:
+        if isinstance(batch, Preserved):
+            own, prior = self.loss(batch.own, generator), self.loss(batch.prior, generator)
+            return Loss(
+                own.value + batch.weight * prior.value,
+                {**own.parts, "own": own.value, "prior": prior.value},
+                num_tokens=own.num_tokens + prior.num_tokens,
+                num_samples=own.num_samples + prior.num_samples,
+            )
         draws = [self._draw(part, generator) for part in _parts(batch)]
         errors, bounds = self._errors(draws, packed=not isinstance(batch, LatentBatch))
         t = torch.cat([draw.t for draw in draws])
@@ -155,23 +184,37 @@ class FlowTask:
         return Loss(value, parts, num_tokens=num_tokens, num_samples=len(t))
 
     def validate(self, generator: torch.Generator) -> dict[str, Any]:
-        """Return the unweighted error on fixed latents and noise: its mean, and its mean and error in bins of t."""
+        """Return the unweighted error on fixed latents and noise: its mean, and its mean and error in bins of t.
+
+        The bins divide the times that are drawn.
+        """
         parts = [(part.posterior.sample(generator), part.condition) for part in _parts(self.validation)]
         bins = BinnedMean(NUM_BINS)
         for index in range(NUM_BINS):
             drawn, draws = [], []
             for latents, condition in parts:
-                t = (index + torch.rand(latents.shape[0], generator=generator)) / NUM_BINS
-                drawn.append(t)
-                draws.append(self._mixed(latents, _on_table(self.space.process, t), condition, generator, 0))
+                share = (index + torch.rand(latents.shape[0], generator=generator)) / NUM_BINS
+                drawn.append(share)
+                t = _on_table(self.space.process, self.time_at(share))
+                draws.append(self._mixed(latents, t, condition, generator, 0))
             packed = not isinstance(self.validation, LatentBatch)
             bins.add(torch.cat(drawn), self._errors(draws, packed=packed).error)
-        rows = bins.rows()
+        rows = [{**row, "t": [self.time_at(share) for share in row["t"]]} for row in bins.rows()]
         return {"loss": sum(row["mean"] for row in rows) / NUM_BINS, "bins": rows}
 
     def preview(self, folder: Path, step: int) -> None:
         if self.previewer is not None:
             self.previewer(folder, step)
+
+    def ask(self, x: Float[Tensor, "B C T H W"], t: Tensor, condition: Condition) -> Float[Tensor, "B C_out T H W"]:
+        """Return the network's answer."""
+        rate = {} if self.token_rate is None else {"token_rate": self.token_rate}
+        return self.model(x, t, condition, **rate)
+
+    def time_at(self, share: Any) -> Any:
+        """Return the t that lies a share of the way along the times that are drawn."""
+        low, high = self.config.times
+        return low + (high - low) * share
 
     def _num_tokens(self, latents: Tensor) -> int:
         """Tokens of each clip."""
@@ -189,7 +232,7 @@ class FlowTask:
         keep = torch.rand(latents.shape[0], generator=generator) >= self.config.condition_dropout
         condition = batch.condition.where(keep, self.null).trimmed()
         shift = shift_for(self.config.shift, self._num_tokens(latents))
-        t = draw_times(self.config.time, latents.shape[0], generator, shift=shift).clamp(max=LAST_TIME)
+        t = _draw_times(self.config, latents.shape[0], generator, shift).clamp(max=LAST_TIME)
         return self._mixed(latents, _on_table(self.space.process, t), condition, generator, given)
 
     def _mixed(
@@ -219,7 +262,9 @@ class FlowTask:
         space = self.space
         asked = [(as_read(space.process, draw.x, draw.times), draw.times.float(), draw.condition) for draw in draws]
         outputs = (
-            self.model.forward_packed(pack([Clip(*each) for each in asked])) if packed else [self.model(*asked[0])]
+            self.model.forward_packed(pack([Clip(*each, token_rate=self.token_rate) for each in asked]))
+            if packed
+            else [self.ask(*asked[0])]
         )
         errors, bounds = [], []
         for draw, output in zip(draws, map(_wide, outputs), strict=True):
@@ -280,6 +325,25 @@ def _alphas(model: VideoDiT) -> dict[str, Tensor]:
         f"alpha/{name.removesuffix('.gate')}": (gate.last if gate.logit is None else gate.logit.sigmoid()).mean()
         for name, gate in gates
     }
+
+
+def _draw_times(config: FlowConfig, num: int, generator: torch.Generator, shift: float) -> Float[Tensor, " {num}"]:
+    """Draw times as the distribution has them among those that are asked for.
+
+    Raises:
+        ConfigError: it has none there.
+    """
+    if config.times == (0.0, 1.0):
+        return draw_times(config.time, num, generator, shift=shift)
+    ends = shift_times(torch.tensor(config.times, dtype=torch.float64), 1 / shift)
+    low, high = config.time.cdf(ends).to(generator.device)
+    if not low < high:
+        raise ConfigError(
+            f"{config.time} with shift {shift:g} has no times between {config.times[0]} and {config.times[1]}; "
+            f"nearest: time.kind=uniform, which has all"
+        )
+    u = torch.lerp(low, high, draw_times(timesteps.Uniform(), num, generator).double())
+    return shift_times(config.time.quantile(u), shift).float().clamp(*config.times)
 
 
 def _on_table(process: Process, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -7,10 +7,12 @@ with large matrix products. Everything goes to `log.jsonl`, to TensorBoard where
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +25,16 @@ from torch import Tensor
 
 from reelflow.errors import CheckpointError, ConfigError
 
-__all__ = ["BinnedMean", "Display", "RunLog", "Throughput", "duration", "measure_peak_flops", "peak_memory_bytes"]
+__all__ = [
+    "BinnedMean",
+    "Display",
+    "RunLog",
+    "Throughput",
+    "duration",
+    "measure_peak_flops",
+    "peak_device_bytes",
+    "peak_memory_bytes",
+]
 
 
 class Throughput:
@@ -107,6 +118,13 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def peak_device_bytes(device: torch.device) -> dict[str, int]:
+    """Return the most that tensors have taken on a GPU, to be logged; nothing for a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_device_bytes": torch.cuda.max_memory_allocated(device)}
+
+
 def duration(seconds: float) -> str:
     """Phrase a duration: 42 s, 3:07, 1:02:33."""
     hours, rest = divmod(round(seconds), 3600)
@@ -150,17 +168,27 @@ class RunLog:
     """`log.jsonl` and TensorBoard events in a run's folder, continued after step `resumed_from`.
 
     Each line is an object with "step" and "kind". What an interrupted run wrote after the step it is resumed from is
-    dropped, so steps never repeat. Numbers that are not finite are written as null.
+    dropped, so steps never repeat. Numbers that are not finite are written as null. Numbers also go to Weights & Biases
+    where `wandb` names a project; a resumed run goes on there, as one run.
 
     Raises:
         CheckpointError: `log.jsonl` holds something else than such lines.
+        ConfigError: `wandb` is asked for and is not installed.
     """
 
-    def __init__(self, folder: Path, *, resumed_from: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        resumed_from: int,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
         _drop_after(self.path, resumed_from)
         self._board = _tensorboard(folder / "tensorboard", purge_step=resumed_from + 1)
+        self._wandb = None if wandb is None else _wandb(folder, wandb, config or {})
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Append one line, and the numbers in it to TensorBoard as kind/name.
@@ -174,16 +202,20 @@ class RunLog:
                 print(json.dumps({"step": step, "kind": kind, **plain}), file=file)
         except OSError as error:
             raise CheckpointError(f"could not write to {self.path}: {error}; free some space and resume") from error
+        numbers = {f"{kind}/{name}": value for name, value in plain.items() if isinstance(value, (int, float))}
         if self._board is not None:
-            for name, value in plain.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
             self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        """Finish the TensorBoard file."""
+        """Finish the TensorBoard file, and the run at Weights & Biases."""
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -210,6 +242,19 @@ def _tensorboard(folder: Path, *, purge_step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _wandb(folder: Path, project: str, config: dict[str, Any]) -> Any:
+    try:
+        wandb = import_module("wandb")
+    except ImportError as error:
+        raise ConfigError(
+            "wandb names a project, but wandb is not installed: pip install 'reelflow[wandb]', or set wandb to null"
+        ) from error
+    named = folder / "wandb_id.txt"
+    if not named.exists():
+        named.write_text(secrets.token_hex(8))
+    return wandb.init(project=project, id=named.read_text(), resume="allow", dir=str(folder), config=config)
 
 
 def _jsonable(value: Any) -> Any:

@@ -11,9 +11,11 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
+from reelflow.training.parts import here, part_of, whole
 
 __all__ = [
     "Hidden",
@@ -94,8 +96,7 @@ def build_optimizers(
         ConfigError: `hidden` claims a vector, or nothing in the model can be trained.
     """
     muon: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    rest: dict[tuple[bool, Any], list[nn.Parameter]] = {}  # by decay, and by mesh: a fused step is of one
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -106,12 +107,12 @@ def build_optimizers(
                 )
             muon.append(parameter)
         else:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            rest.setdefault((parameter.ndim < 2, mesh), []).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
-        if group
+        {"params": rest[kind], "weight_decay": 0.0 if kind[0] else config.weight_decay}
+        for kind in sorted(rest, key=lambda kind: kind[0])
     ]
     if groups:  # fused: one pass over memory; on a CPU four to six times faster than foreach
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
@@ -155,6 +156,9 @@ class Muon(torch.optim.Optimizer):
 
     The momentum hardly turns within a few steps, so weights may move at every `every`-th step only, `every` times as far:
     the momentum takes up every gradient, and the products, which dominate for a small batch, are saved.
+
+    Of weights spread over processes each keeps its part of the momentum; matrices are gathered and orthogonalised one at a
+    time, all by every process.
     """
 
     def __init__(
@@ -196,27 +200,28 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [parameter.grad for parameter in params if parameter.grad is not None]
+        grads = here(parameter.grad for parameter in params if parameter.grad is not None)
         for parameter in params:
             if not self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
                 self.state[parameter]["step"] = torch.zeros(())
-        averages = [self.state[parameter]["momentum"] for parameter in params]
+        averages = here(self.state[parameter]["momentum"] for parameter in params)
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         steps = [self.state[parameter]["step"] for parameter in params]
         torch._foreach_add_(steps, 1)
         if steps[0] % group["every"]:
             return
-        lr = group["lr"] * group["every"]
+        lr, weights = group["lr"] * group["every"], here(params)
         directions = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov: look one step ahead
         if group["weight_decay"]:
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        alike: dict[tuple[int, int], list[int]] = {}
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        alike: dict[tuple[int, int, int], list[int]] = {}
         for index, parameter in enumerate(params):
-            rows, columns = parameter.shape[0], parameter[0].numel()
-            alike.setdefault((min(rows, columns), max(rows, columns)), []).append(index)
+            rows, columns = parameter.shape[0], parameter.shape[1:].numel()
+            alone = index if isinstance(parameter, DTensor) else -1
+            alike.setdefault((min(rows, columns), max(rows, columns), alone), []).append(index)
         for indices in alike.values():
-            flat = [directions[index].flatten(1) for index in indices]
+            flat = [whole(directions[index], params[index]).flatten(1) for index in indices]
             wide = torch.stack([matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in flat])
             dtype = group["ns_dtype"] or _fast_dtype(wide)
             updates = orthogonalize(wide, steps=group["ns_steps"], dtype=dtype).to(params[indices[0]].dtype)
@@ -224,7 +229,8 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = matrix.shape
                 update = update if rows <= columns else update.mT
                 scale = max(1, rows / columns) ** 0.5
-                params[index].add_(update.reshape(params[index].shape), alpha=-lr * scale)
+                moved = part_of(update.reshape(params[index].shape), params[index])
+                weights[index].add_(moved, alpha=-lr * scale)
 
 
 def orthogonalize(

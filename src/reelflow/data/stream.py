@@ -1,0 +1,331 @@
+"""Batches from sets of samples too large to shuffle whole, mixed by weights, each a pure function of its number.
+
+The samples of all batches, one after the other, are one endless stream, and what stands at each of its places is known
+without reading any: the weights say which set it comes from, that set's own epoch which sample it is. An epoch shuffles
+the shards, takes `window` of them at a time, and shuffles all samples of those. So a reader that stopped after k batches
+goes on exactly by starting at k, and a rank of many reads its part of the same batch.
+
+A sample that cannot be read is replaced by another of its set, drawn for that place alone: nothing after it moves.
+"""
+
+import math
+import warnings
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from itertools import accumulate, chain
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from reelflow.data.shards import Sample
+from reelflow.errors import ConfigError, DataError
+
+__all__ = ["ShardedBatches", "Source", "rounds"]
+
+Batch = TypeVar("Batch")
+SHARDS, SAMPLES, DRAWS, STAND_INS = range(4)  # independent streams of randomness under one seed
+TRIES = 32  # stand-ins from the window, and as many from the whole set, before it is given up
+LONGEST_ROUND = 100_000
+NAMES_KEPT = 1000  # of things that were skipped; beyond, they are only counted
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A set of samples, such as `ShardSet` or `StoreSamples`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> str:
+        """A text that differs between any two sets that differ."""
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """How many samples lie together: the first so many numbers, the next, ..."""
+
+    def read(self, number: int) -> Sample:
+        """Raises: DataError: the sample cannot be used."""
+
+
+def rounds(weights: Sequence[int]) -> list[int]:
+    """Return which of several sets each place of a round comes from: `weights` places each, spread evenly.
+
+    After any number of places, each set has had its share of them to within less than one sample. Every place has a
+    window of time in which it must come (place j of w in n: from floor(j n / w) to ceil((j + 1) n / w)), and the one whose
+    window closes first is next (Baruah et al. 1996). A common divisor is taken out.
+
+    Raises:
+        ConfigError: a weight is below 1, or a round longer than 100,000.
+    """
+    if not weights or min(weights) < 1:
+        raise ConfigError(f"weights must be at least 1 each, got {list(weights)}")
+    common = math.gcd(*weights)
+    shares = [weight // common for weight in weights]
+    length = sum(shares)
+    if length > LONGEST_ROUND:
+        nearest = [max(1, share * 1000 // length) for share in shares]
+        raise ConfigError(f"weights must repeat within {LONGEST_ROUND:,} samples, not {length:,}; nearest: {nearest}")
+    had, places = [0] * len(shares), []
+    for place in range(length):
+        due = [k for k, share in enumerate(shares) if had[k] < share and had[k] * length // share <= place]
+        first = min(due, key=lambda k: -(-(had[k] + 1) * length // shares[k]))
+        places.append(first)
+        had[first] += 1
+    return places
+
+
+class ShardedBatches(Generic[Batch]):
+    """An endless iterator over shuffled batches of `batch_size` samples that can be stopped and continued at any batch.
+
+    `batch_size` is that of all ranks together: rank r of w has samples r B // w to (r + 1) B // w of each batch, so that
+    batches are the same whatever the number of ranks, and a position saved under one is good under another. `deal` shares
+    out whole batches instead, as `train` does.
+
+    Of every sum(weights) samples, `weights[k]` come from `sources[k]`, spread evenly; a source that ends starts its next
+    epoch by itself. `window` is how many shards are shuffled together: more is a better shuffle, and shards are visited
+    in a narrower order with fewer. `collate` receives the rank's samples and a generator for each, which depends on the
+    place in the stream alone; whatever is drawn for a sample is drawn from there.
+
+    `prefetch` batches are made ahead, each in a thread of its own; 0 means none. What `collate` raises is raised by
+    `next()`, and the position stays. Use as a context manager, or call `close()`.
+
+    A sample that cannot be used is counted in `skipped`, said once to `on_skip`, and replaced by another of its source.
+
+    Raises:
+        ConfigError: a count, a weight, the rank or the seed is out of range, or there are no sources.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        batch_size: int,
+        collate: Callable[[list[Sample], list[torch.Generator]], Batch],
+        *,
+        seed: int,
+        weights: Sequence[int] | None = None,
+        window: int = 8,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+        on_skip: Callable[[str], object] = warnings.warn,
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("window", window, 1),
+            ("world_size", world_size, 1),
+            ("prefetch", prefetch, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank must lie in 0 to {world_size - 1}, got {rank}")
+        if world_size > batch_size:
+            raise ConfigError(
+                f"batch_size {batch_size} leaves some of {world_size} ranks without a sample; nearest: batch_size={world_size}"
+            )
+        weights = (1,) * len(sources) if weights is None else tuple(weights)
+        if not sources or len(weights) != len(sources):
+            raise ConfigError(f"{len(sources)} sources need as many weights, at least one; got {len(weights)}")
+        self.sources, self.weights, self.collate = tuple(sources), weights, collate
+        self.batch_size, self.seed, self.window, self.prefetch = batch_size, seed, window, prefetch
+        self.rank, self.world_size, self.on_skip = rank, world_size, on_skip
+        self.consumed = 0
+        self.part, self.parts = 0, 1
+        self.skipped: dict[str, int] = {}  # what, and how often, in the batches handed out
+        self._round = rounds(weights)
+        self._shares = [0] * len(sources)
+        self._before = []  # places of the same source in the round
+        for k in self._round:
+            self._before.append(self._shares[k])
+            self._shares[k] += 1
+        self._orders = [_Order(source.groups, window, seed, k) for k, source in enumerate(sources)]
+        self._ahead: deque[Future[tuple[Batch, list[str]]]] = deque()
+        self._workers: ThreadPoolExecutor | None = None
+        self._said: set[str] = set()
+
+    def draws(self, number: int) -> list[tuple[int, int]]:
+        """Return the source and the sample at each place of batch `number` (from 0), those of all ranks."""
+        drawn = map(self._drawn, range(number * self.batch_size, (number + 1) * self.batch_size))
+        return [(source, self._orders[source].item(turn)) for source, turn in drawn]
+
+    def batch(self, number: int) -> Batch:
+        """Make batch `number` (from 0), here and now, whatever has been read before; what it skips is not counted."""
+        return self._build(number)[0]
+
+    def _drawn(self, place: int) -> tuple[int, int]:
+        """Return the source of a place in the stream, and how many samples that source gave before."""
+        turn, within = divmod(place, len(self._round))
+        source = self._round[within]
+        return source, turn * self._shares[source] + self._before[within]
+
+    def _build(self, number: int) -> tuple[Batch, list[str]]:
+        start, stop = (
+            number * self.batch_size + r * self.batch_size // self.world_size for r in (self.rank, self.rank + 1)
+        )
+        skipped: list[str] = []
+        samples = [self._sample(place, skipped) for place in range(start, stop)]
+        return self.collate(samples, [_generator(self.seed, DRAWS, 0, place) for place in range(start, stop)]), skipped
+
+    def _sample(self, place: int, skipped: list[str]) -> Sample:
+        number, turn = self._drawn(place)
+        source, order = self.sources[number], self._orders[number]
+        tried: set[int] = set()
+        for item in chain([order.item(turn)], order.stand_ins(turn)):
+            if item not in tried:
+                tried.add(item)
+                try:
+                    return source.read(item)
+                except DataError as error:
+                    skipped.append(str(error))
+        raise DataError(
+            f"{source.name}: {len(tried)} samples in a row could not be used; the first: {skipped[-len(tried)]}"
+        )
+
+    def __iter__(self) -> "ShardedBatches[Batch]":
+        return self
+
+    def __next__(self) -> Batch:
+        batch, skipped = self._from_workers() if self.prefetch else self._build(self.consumed + self.part)
+        self.consumed += self.parts
+        for what in skipped:
+            known = what if what in self.skipped or len(self.skipped) < NAMES_KEPT else "more"
+            self.skipped[known] = self.skipped.get(known, 0) + 1
+            if what not in self._said:
+                self._said.add(what)
+                self.on_skip(f"skipped: {what}")
+        return batch
+
+    def deal(self, part: int, parts: int) -> None:
+        """From now on hand out only batches `part`, `part` + `parts`, ... after those handed out so far.
+
+        The others are for other readers, each with a part of its own, and the position counts the batches of all.
+
+        Raises:
+            ConfigError: there is no such part.
+        """
+        if not 0 <= part < parts:
+            raise ConfigError(f"the parts are 0 ... {parts - 1}, got {part}")
+        self._forget()
+        self.part, self.parts = part, parts
+
+    @property
+    def num_skipped(self) -> int:
+        """How often a sample could not be used."""
+        return sum(self.skipped.values())
+
+    def _from_workers(self) -> tuple[Batch, list[str]]:
+        if self._workers is None:
+            self._workers = ThreadPoolExecutor(max_workers=self.prefetch, thread_name_prefix="batches")
+        while len(self._ahead) <= self.prefetch:  # the batch about to be handed out, and `prefetch` more
+            number = self.consumed + self.part + self.parts * len(self._ahead)
+            self._ahead.append(self._workers.submit(self._build, number))
+        try:
+            built = self._ahead[0].result()
+        except BaseException:
+            self._forget()
+            raise
+        self._ahead.popleft()
+        return built
+
+    def _forget(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, in plain JSON values: how many batches were handed out, of what, and what was skipped.
+
+        It is the same for every reader, but for what the reader itself skipped.
+        """
+        return {
+            "consumed": self.consumed,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "window": self.window,
+            "weights": list(self.weights),
+            "sources": [source.identity for source in self.sources],
+            "skipped": dict(self.skipped),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict()` was taken, by whatever rank of however many; the first goes on counting skips.
+
+        Raises:
+            DataError: the state is of other sets, weights, batch size, window or seed, so its position means nothing here.
+        """
+        for name, here in self.state_dict().items():
+            if name not in ("consumed", "skipped") and state.get(name) != here:
+                raise DataError(
+                    f"cannot continue reading: {name} was {state.get(name)}, now it is {here}; "
+                    f"restore the data as it was, or start a new run"
+                )
+        self._forget()
+        self.consumed = int(state["consumed"])
+        self.skipped = dict(state["skipped"]) if self.rank == self.part == 0 else {}
+
+    def close(self) -> None:
+        """Stop the threads; the next `next()` would start them again."""
+        self._forget()
+        if self._workers is not None:
+            self._workers.shutdown(wait=True, cancel_futures=True)
+            self._workers = None
+
+    def __enter__(self) -> "ShardedBatches[Batch]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Order:
+    """The samples of one source in the order in which it gives them, epoch after epoch."""
+
+    def __init__(self, groups: tuple[int, ...], window: int, seed: int, source: int) -> None:
+        self.starts, self.window, self.seed, self.source = [0, *accumulate(groups)], window, seed, source
+        self.epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self.shuffled = lru_cache(maxsize=4)(self._draw_window)
+
+    def _draw_epoch(self, epoch: int) -> tuple[list[list[int]], list[int]]:
+        """Return the shards of each window, and how many samples come before each."""
+        shards = torch.randperm(
+            len(self.starts) - 1, generator=_generator(self.seed, SHARDS, self.source, epoch)
+        ).tolist()
+        windows = [shards[start : start + self.window] for start in range(0, len(shards), self.window)]
+        sizes = [sum(self.starts[shard + 1] - self.starts[shard] for shard in window) for window in windows]
+        return windows, [0, *accumulate(sizes)]
+
+    def _draw_window(self, epoch: int, window: int) -> Int64[Tensor, " N"]:
+        items = [torch.arange(self.starts[shard], self.starts[shard + 1]) for shard in self.epoch(epoch)[0][window]]
+        within = torch.cat(items)
+        return within[torch.randperm(len(within), generator=_generator(self.seed, SAMPLES, self.source, epoch, window))]
+
+    def _place(self, turn: int) -> tuple[Int64[Tensor, " N"], int]:
+        """Return the window of a turn, and the place in it."""
+        epoch, rest = divmod(turn, self.starts[-1])
+        before = self.epoch(epoch)[1]
+        window = bisect_right(before, rest) - 1
+        return self.shuffled(epoch, window), rest - before[window]
+
+    def item(self, turn: int) -> int:
+        """Return the sample that comes after `turn` others."""
+        items, place = self._place(turn)
+        return int(items[place])
+
+    def stand_ins(self, turn: int) -> Iterator[int]:
+        """Yield samples to take the place of one: of the same window, whose shards are at hand, then of all."""
+        generator = _generator(self.seed, STAND_INS, self.source, turn)
+        items, _ = self._place(turn)
+        yield from items[torch.randperm(len(items), generator=generator)[:TRIES]].tolist()
+        yield from torch.randperm(self.starts[-1], generator=generator)[:TRIES].tolist()
+
+
+def _generator(*words: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
