@@ -5,6 +5,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+TEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
@@ -17,16 +18,16 @@ demo: $(READY)  ## learn to make videos from prompts on this CPU; writes demo/in
 	$(BIN)/reelflow demo $(ARGS)
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(TEST) $(ARGS)
 
 test-all: $(READY)  ## run the tests, the slow ones too
-	$(BIN)/python -m pytest -q -m "" $(ARGS)
+	$(TEST) -m "" $(ARGS)
 
 check: $(READY)  ## format, lint, types and tests: all that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(TEST)
 
 parity: $(READY)  ## compare every family with its reference on many configurations; writes docs/parity.md
 	REELFLOW_EXAMPLES=24 REELFLOW_PARITY=docs/parity.md $(BIN)/python -m pytest -q tests/families --ignore=tests/families/test_vdit.py

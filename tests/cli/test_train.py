@@ -8,7 +8,8 @@ from reelflow.cli.recipes import known_recipes
 from reelflow.config import to_dict
 from reelflow.data.video import write_video
 from reelflow.recipes.folder import folder
-from reelflow.recipes.recipe import FolderData, Recipe, Run
+from reelflow.recipes.recipe import FolderData, Recipe
+from reelflow.recipes.runs import Run
 from reelflow.recipes.world import world
 from tiny_model import CARD
 
@@ -37,7 +38,7 @@ def carried_out(monkeypatch):
             return Run(out, self.model, {})
 
     asked = Asked()
-    monkeypatch.setattr("reelflow.recipes.recipe.run", asked)
+    monkeypatch.setattr("reelflow.recipes.runs.run", asked)
     return asked
 
 

@@ -12,7 +12,7 @@ from reelflow.data.video import read_clip, write_video
 from reelflow.families import wan_vae
 from reelflow.families.autoencoders import load_vae, save_vae
 from reelflow.models.vae import CausalVAE
-from reelflow.recipes.recipe import pretrained_autoencoder
+from reelflow.recipes.runs import pretrained_autoencoder
 from reelflow.training.autoencoder import AutoencoderTask
 from tiny_model import CARD
 

@@ -19,7 +19,8 @@ from reelflow.models.inflate import inflated
 from reelflow.models.linear import linear
 from reelflow.models.vae import CausalVAE, VAEConfig
 from reelflow.models.weights import load_weights
-from reelflow.recipes.recipe import FolderData, Recipe, WorldData, run, train_autoencoder
+from reelflow.recipes.recipe import FolderData, Recipe, WorldData
+from reelflow.recipes.runs import run, train_autoencoder
 from reelflow.training.autoencoder import Crops, to_float
 from reelflow.training.discriminator import Adversarial
 

@@ -21,7 +21,8 @@ from reelflow.generation.pipeline import Pipeline, read_card
 from reelflow.models.adapters import LoRA, merge
 from reelflow.models.dit import VideoDiT
 from reelflow.models.vae import CausalVAE
-from reelflow.recipes.recipe import Recipe, run
+from reelflow.recipes.recipe import Recipe
+from reelflow.recipes.runs import run
 from reelflow.training.adapter import AdapterTask
 
 QUIET = Console(quiet=True)

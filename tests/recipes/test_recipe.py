@@ -22,7 +22,8 @@ from reelflow.generation.pipeline import read_card
 from reelflow.models.vae import Stage, staged
 from reelflow.recipes.demo import demo
 from reelflow.recipes.page import Results
-from reelflow.recipes.recipe import Recipe, WorldData, run
+from reelflow.recipes.recipe import Recipe, WorldData
+from reelflow.recipes.runs import run
 from reelflow.recipes.world import world
 from reelflow.training.autoencoder import AutoencoderTask
 

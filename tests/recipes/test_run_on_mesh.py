@@ -20,7 +20,8 @@ from reelflow.models.adapters import LoRA
 from reelflow.models.weights import read_tensors
 from reelflow.parallel.mesh import MeshConfig
 from reelflow.parallel.shard import ParallelConfig
-from reelflow.recipes.recipe import Recipe, run
+from reelflow.recipes.recipe import Recipe
+from reelflow.recipes.runs import run
 
 QUIET = Console(quiet=True)
 

@@ -13,7 +13,8 @@ from reelflow.data.store import Store
 from reelflow.errors import ConfigError, DataError
 from reelflow.generation.pipeline import Pipeline
 from reelflow.recipes.build import BuildConfig, build
-from reelflow.recipes.recipe import Recipe, run, train_autoencoder
+from reelflow.recipes.recipe import Recipe
+from reelflow.recipes.runs import run, train_autoencoder
 from reelflow.recipes.sets import ShardsData
 
 QUIET = Console(quiet=True)

@@ -18,7 +18,8 @@ from reelflow.generation.pipeline import Pipeline
 from reelflow.models.adapters import LoRA
 from reelflow.models.dit import VideoDiT
 from reelflow.models.vae import CausalVAE
-from reelflow.recipes.recipe import Prior, Recipe, SubjectData, WorldData, run
+from reelflow.recipes.recipe import Prior, Recipe, SubjectData, WorldData
+from reelflow.recipes.runs import run
 from reelflow.recipes.subject import score_subject, small_world, subject_world
 from reelflow.training.flow import FlowTask, Preserved
 

@@ -5,7 +5,7 @@ from rich.console import Console
 from reelflow.cli.recipes import find_recipe, known_recipes
 from reelflow.generation.pipeline import Pipeline
 from reelflow.models.dit import DiTConfig
-from reelflow.recipes.recipe import run
+from reelflow.recipes.runs import run
 
 NAMES = [name for name in known_recipes() if name.startswith("vdit")]
 BRIEF = ["data.num_clips=4", "data.num_validation=2", "sampling.num_steps=2"] + [

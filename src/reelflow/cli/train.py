@@ -47,7 +47,8 @@ def train(
         return _tune(Path(recipe), data, out, assignments or [])
     from reelflow.cli.plan import Costs, summary
     from reelflow.data.folder import list_videos
-    from reelflow.recipes.recipe import FolderData, run
+    from reelflow.recipes.recipe import FolderData
+    from reelflow.recipes.runs import run
 
     assignments = list(assignments or [])
     if data is not None:

@@ -305,7 +305,8 @@ def train(
     """Train an autoencoder. The same command goes on with a run that was stopped or killed; Ctrl-C keeps what there is."""
     from reelflow.data.folder import list_videos
     from reelflow.recipes.publish import publish_autoencoder
-    from reelflow.recipes.recipe import FolderData, train_autoencoder
+    from reelflow.recipes.recipe import FolderData
+    from reelflow.recipes.runs import train_autoencoder
 
     recipe = _training(source, data, start, assignments or [], decoder_only=decoder_only)
     if isinstance(recipe.data, FolderData):
@@ -389,7 +390,7 @@ def find(which: str) -> Found:
     from reelflow.families.autoencoders import AUTOENCODERS, empty_vae
     from reelflow.generation.pipeline import model_folder, read_card
     from reelflow.models.vae import CausalVAE
-    from reelflow.recipes.recipe import trained_autoencoder
+    from reelflow.recipes.runs import trained_autoencoder
 
     sizes = {f"{family.name}.{name}": size for family in AUTOENCODERS for name, size in family.sizes.items()}
     path = Path(which)

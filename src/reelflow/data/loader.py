@@ -8,9 +8,7 @@ Items of several sizes are grouped by `Packed`, each batch as much work as any o
 shape. Then an epoch is a plan: every item in one of its batches, the batches in shuffled order.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -21,6 +19,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from reelflow.config import configuration, to_dict
+from reelflow.data.ahead import Ahead
 from reelflow.errors import ConfigError, DataError
 
 __all__ = ["Buckets", "Packed", "Plan", "ShuffledBatches", "Size"]
@@ -188,14 +187,16 @@ class ShuffledBatches(Generic[Batch]):
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if isinstance(batch_size, Plan) and batch_size.num_items != num_items:
             raise ConfigError(f"the plan is of {batch_size.num_items} items, and there are {num_items}")
-        self.num_items, self.batch_size, self.seed, self.prefetch = num_items, batch_size, seed, prefetch
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
         self.collate = collate
-        self.consumed = 0
-        self.part, self.parts = 0, 1
         self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
-        self._ahead: deque[Future[Batch]] = deque()
-        self._worker: ThreadPoolExecutor | None = None
+        self._ahead = Ahead(self.batch, prefetch=prefetch, threads=1)
+
+    @property
+    def consumed(self) -> int:
+        """Batches handed out so far, to all readers together."""
+        return self._ahead.consumed
 
     def _draw_permutation(self, epoch: int) -> Int64[Tensor, " N"]:
         return torch.randperm(self.num_items, generator=_generator(self.seed, ORDER, epoch))
@@ -221,9 +222,7 @@ class ShuffledBatches(Generic[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        batch = self._from_worker() if self.prefetch else self.batch(self.consumed + self.part)
-        self.consumed += self.parts
-        return batch
+        return self._ahead.next()
 
     def deal(self, part: int, parts: int) -> None:
         """From now on hand out only batches `part`, `part` + `parts`, ... after those handed out so far.
@@ -233,29 +232,7 @@ class ShuffledBatches(Generic[Batch]):
         Raises:
             ConfigError: there is no such part.
         """
-        if not 0 <= part < parts:
-            raise ConfigError(f"the parts are 0 ... {parts - 1}, got {part}")
-        self._forget()
-        self.part, self.parts = part, parts
-
-    def _from_worker(self) -> Batch:
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        while len(self._ahead) <= self.prefetch:  # the batch about to be handed out, and `prefetch` more
-            number = self.consumed + self.part + self.parts * len(self._ahead)
-            self._ahead.append(self._worker.submit(self.batch, number))
-        try:
-            batch = self._ahead[0].result()
-        except BaseException:
-            self._forget()
-            raise
-        self._ahead.popleft()
-        return batch
-
-    def _forget(self) -> None:
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
+        self._ahead.deal(part, parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, in plain JSON values: how many batches were handed out, and of what."""
@@ -278,15 +255,11 @@ class ShuffledBatches(Generic[Batch]):
                     f"cannot continue reading: {name} was {state.get(name)}, now it is {here}; "
                     f"restore the data as it was, or start a new run"
                 )
-        self._forget()
-        self.consumed = int(state["consumed"])
+        self._ahead.seek(int(state["consumed"]))
 
     def close(self) -> None:
         """Stop the background thread; the next `next()` would start it again."""
-        self._forget()
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-            self._worker = None
+        self._ahead.close()
 
     def __enter__(self) -> "ShuffledBatches[Batch]":
         return self

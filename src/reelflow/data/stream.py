@@ -11,9 +11,7 @@ A sample that cannot be read is replaced by another of its set, drawn for that p
 import math
 import warnings
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -23,6 +21,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from reelflow.data.ahead import Ahead
 from reelflow.data.shards import Sample
 from reelflow.errors import ConfigError, DataError
 
@@ -135,10 +134,8 @@ class ShardedBatches(Generic[Batch]):
         if not sources or len(weights) != len(sources):
             raise ConfigError(f"{len(sources)} sources need as many weights, at least one; got {len(weights)}")
         self.sources, self.weights, self.collate = tuple(sources), weights, collate
-        self.batch_size, self.seed, self.window, self.prefetch = batch_size, seed, window, prefetch
+        self.batch_size, self.seed, self.window = batch_size, seed, window
         self.rank, self.world_size, self.on_skip = rank, world_size, on_skip
-        self.consumed = 0
-        self.part, self.parts = 0, 1
         self.skipped: dict[str, int] = {}  # what, and how often, in the batches handed out
         self._round = rounds(weights)
         self._shares = [0] * len(sources)
@@ -147,8 +144,7 @@ class ShardedBatches(Generic[Batch]):
             self._before.append(self._shares[k])
             self._shares[k] += 1
         self._orders = [_Order(source.groups, window, seed, k) for k, source in enumerate(sources)]
-        self._ahead: deque[Future[tuple[Batch, list[str]]]] = deque()
-        self._workers: ThreadPoolExecutor | None = None
+        self._ahead = Ahead(self._build, prefetch=prefetch, threads=max(1, prefetch))
         self._said: set[str] = set()
 
     def draws(self, number: int) -> list[tuple[int, int]]:
@@ -193,8 +189,7 @@ class ShardedBatches(Generic[Batch]):
         return self
 
     def __next__(self) -> Batch:
-        batch, skipped = self._from_workers() if self.prefetch else self._build(self.consumed + self.part)
-        self.consumed += self.parts
+        batch, skipped = self._ahead.next()
         for what in skipped:
             known = what if what in self.skipped or len(self.skipped) < NAMES_KEPT else "more"
             self.skipped[known] = self.skipped.get(known, 0) + 1
@@ -211,34 +206,12 @@ class ShardedBatches(Generic[Batch]):
         Raises:
             ConfigError: there is no such part.
         """
-        if not 0 <= part < parts:
-            raise ConfigError(f"the parts are 0 ... {parts - 1}, got {part}")
-        self._forget()
-        self.part, self.parts = part, parts
+        self._ahead.deal(part, parts)
 
     @property
     def num_skipped(self) -> int:
         """How often a sample could not be used."""
         return sum(self.skipped.values())
-
-    def _from_workers(self) -> tuple[Batch, list[str]]:
-        if self._workers is None:
-            self._workers = ThreadPoolExecutor(max_workers=self.prefetch, thread_name_prefix="batches")
-        while len(self._ahead) <= self.prefetch:  # the batch about to be handed out, and `prefetch` more
-            number = self.consumed + self.part + self.parts * len(self._ahead)
-            self._ahead.append(self._workers.submit(self._build, number))
-        try:
-            built = self._ahead[0].result()
-        except BaseException:
-            self._forget()
-            raise
-        self._ahead.popleft()
-        return built
-
-    def _forget(self) -> None:
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, in plain JSON values: how many batches were handed out, of what, and what was skipped.
@@ -246,7 +219,7 @@ class ShardedBatches(Generic[Batch]):
         It is the same for every reader, but for what the reader itself skipped.
         """
         return {
-            "consumed": self.consumed,
+            "consumed": self._ahead.consumed,
             "batch_size": self.batch_size,
             "seed": self.seed,
             "window": self.window,
@@ -267,16 +240,12 @@ class ShardedBatches(Generic[Batch]):
                     f"cannot continue reading: {name} was {state.get(name)}, now it is {here}; "
                     f"restore the data as it was, or start a new run"
                 )
-        self._forget()
-        self.consumed = int(state["consumed"])
-        self.skipped = dict(state["skipped"]) if self.rank == self.part == 0 else {}
+        self._ahead.seek(int(state["consumed"]))
+        self.skipped = dict(state["skipped"]) if self.rank == self._ahead.part == 0 else {}
 
     def close(self) -> None:
         """Stop the threads; the next `next()` would start them again."""
-        self._forget()
-        if self._workers is not None:
-            self._workers.shutdown(wait=True, cancel_futures=True)
-            self._workers = None
+        self._ahead.close()
 
     def __enter__(self) -> "ShardedBatches[Batch]":
         return self

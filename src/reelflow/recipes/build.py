@@ -53,7 +53,7 @@ from reelflow.generation.pipeline import ModelCard, model_folder, read_card
 from reelflow.models.vae import CausalVAE
 from reelflow.models.weights import files_sha256, load_weights, read_tensors, write_tensors
 from reelflow.recipes.build_page import Shown, write_build_page, write_text
-from reelflow.recipes.recipe import parts_of_condition
+from reelflow.recipes.runs import parts_of_condition
 
 __all__ = ["BuildConfig", "BuildReport", "build"]
 

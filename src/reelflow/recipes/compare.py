@@ -66,7 +66,7 @@ from reelflow.nn.patchify import Patch, token_grid
 from reelflow.nn.patterns import Full, Gated, Pattern, Space, Time, Window
 from reelflow.planning.cost import DiTCost, dit_cost, vae_cost
 from reelflow.recipes.compare_page import SCALES, USUAL, Facts, Outcome, Report, Scores, write_report
-from reelflow.recipes.recipe import write_json
+from reelflow.recipes.runs import write_json
 from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
 from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
 from reelflow.training.loop import TrainingConfig, train

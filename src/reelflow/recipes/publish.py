@@ -8,7 +8,7 @@ from pathlib import Path
 from reelflow.families.autoencoders import AUTOENCODERS, save_vae
 from reelflow.families.family import written
 from reelflow.models.vae import CausalVAE
-from reelflow.recipes.recipe import pretrained_autoencoder
+from reelflow.recipes.runs import pretrained_autoencoder
 
 __all__ = ["publish_autoencoder"]
 

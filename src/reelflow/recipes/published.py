@@ -33,7 +33,8 @@ from reelflow.models.adapters import LoRA, new_adapter
 from reelflow.models.condition import Condition
 from reelflow.models.vae import Posterior
 from reelflow.models.weights import files_sha256, load_weights
-from reelflow.recipes.recipe import Clips, FolderData, best_weights, claim, parts_of_condition, set_aside
+from reelflow.recipes.recipe import FolderData
+from reelflow.recipes.runs import Clips, best_weights, claim, parts_of_condition, set_aside
 from reelflow.training.adapter import AdapterTask
 from reelflow.training.autoencoder import to_float
 from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, clip_sizes
