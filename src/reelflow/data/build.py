@@ -28,7 +28,7 @@ from reelflow.config import configuration, to_dict
 from reelflow.data.filters import Filters, Measures, judge, measure, near_duplicates
 from reelflow.data.folder import ClipSpec
 from reelflow.data.shots import ShotDetection, find_shots, scan
-from reelflow.data.store import _digest
+from reelflow.data.store import file_digest
 from reelflow.errors import ConfigError, DataError, MediaError
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-# --- engines ---------------------------------------------------------------------------------------------------------
+# Engines
 
 Work = Callable[[str], str]
 
@@ -156,7 +156,7 @@ class _Worker:
         return {"result": self.work(row["item"])}
 
 
-# --- journals --------------------------------------------------------------------------------------------------------
+# journals
 
 
 class Journal:
@@ -215,7 +215,7 @@ class Journal:
         self.close()
 
 
-# --- one video -------------------------------------------------------------------------------------------------------
+# one video
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def identify(path: Path, folder: Path) -> Source:
         MediaError: it cannot be read.
     """
     try:
-        return Source(path, path.relative_to(folder).as_posix(), _digest(path).hex())
+        return Source(path, path.relative_to(folder).as_posix(), file_digest(path).hex())
     except OSError as error:
         raise MediaError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -357,7 +357,7 @@ def _analyser(spec: ClipSpec, detection: ShotDetection) -> Work:
     return work
 
 
-# --- the whole set ---------------------------------------------------------------------------------------------------
+# the whole set
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from reelflow.config import configuration, from_dict, to_dict
 from reelflow.data.remote import Cache, CacheFolder, fetch
-from reelflow.data.store import Store, _as_json, _described, _difference, _sync
+from reelflow.data.store import Store, as_json, described, difference, sync
 from reelflow.errors import ConfigError, DataError
 
 __all__ = [
@@ -126,7 +126,7 @@ class ShardWriter:
         except OSError as error:
             raise DataError(f"cannot write shards to {folder}: {error.strerror}") from error
         try:
-            self._index = self._claim(_as_json(fingerprint))
+            self._index = self._claim(as_json(fingerprint))
         except BaseException as error:
             self._lock.close()
             if isinstance(error, OSError):
@@ -145,9 +145,9 @@ class ShardWriter:
             self._replace({INDEX: _json(index)})
             return index
         index = _parsed(_Index, (self.folder / INDEX).read_bytes(), str(self.folder / INDEX))
-        if difference := _difference(index.fingerprint, fingerprint):
+        if differs := difference(index.fingerprint, fingerprint):
             raise DataError(
-                f"{self.folder} was made from something else: {difference}; go on with what made it, or choose another folder"
+                f"{self.folder} was made from something else: {differs}; go on with what made it, or choose another folder"
             )
         for shard in index.shards:
             tar, listing = (self.folder / f"{shard.name}{suffix}" for suffix in (".tar", ".json"))
@@ -281,9 +281,9 @@ class ShardWriter:
                 os.fsync(file.fileno())
         for name in ([tar] if tar else []) + [name for name in files if name != INDEX]:
             os.replace(self._partial(name), self.folder / name)
-        _sync(self.folder)
+        sync(self.folder)
         os.replace(self._partial(INDEX), self.folder / INDEX)
-        _sync(self.folder)
+        sync(self.folder)
 
 
 class ShardSet:
@@ -317,9 +317,9 @@ class ShardSet:
         index = _parsed(_Index, data, f"{url}/{INDEX}")
         if not index.finished or not index.shards:
             raise DataError(f"the shards in {url} were never finished; go on writing them")
-        difference = None if fingerprint is None else _difference(index.fingerprint, _as_json(fingerprint))
-        if difference:
-            raise DataError(f"{url} was made from something else: {difference}")
+        differs = None if fingerprint is None else difference(index.fingerprint, as_json(fingerprint))
+        if differs:
+            raise DataError(f"{url} was made from something else: {differs}")
         return cls(url, index, hashlib.sha256(data).hexdigest(), cache)
 
     def __len__(self) -> int:
@@ -464,7 +464,7 @@ def inspect_shards(url: str | Path, *, on_sample: Callable[[int, int], None] | N
     bad = []
     for number in range(len(shards)):
         try:
-            kinds[_described(shards.read(number).tensors)] += 1
+            kinds[described(shards.read(number).tensors)] += 1
         except DataError as error:
             bad.append(str(error))
         if on_sample:

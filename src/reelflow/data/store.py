@@ -28,7 +28,18 @@ from reelflow.data.video import probe
 from reelflow.errors import ConfigError, DataError, MediaError, nearest
 from reelflow.models.weights import write_tensors
 
-__all__ = ["BuildReport", "Store", "Stores", "build_clip_store", "write_store"]
+__all__ = [
+    "BuildReport",
+    "Store",
+    "Stores",
+    "as_json",
+    "build_clip_store",
+    "described",
+    "difference",
+    "file_digest",
+    "sync",
+    "write_store",
+]
 
 INDEX = "store.json"
 SHARD_BYTES = 128 << 20  # what a shard of decoded clips may take in memory while it fills
@@ -122,10 +133,10 @@ class Store:
             if found != expected:
                 raise DataError(f"{file} has {found:,} of {expected:,} bytes; remove {folder} and write it again")
         if fingerprint is not None:
-            difference = _difference(index.fingerprint, _as_json(fingerprint))
-            if difference:
+            differs = difference(index.fingerprint, as_json(fingerprint))
+            if differs:
                 raise DataError(
-                    f"{folder} was made from something else: {difference}; remove it to make it anew, or go back to what made it"
+                    f"{folder} was made from something else: {differs}; remove it to make it anew, or go back to what made it"
                 )
         return cls(folder, index)
 
@@ -278,7 +289,7 @@ class _Writer:
     def __init__(self, folder: Path, fingerprint: dict[str, Any], samples_per_shard: int) -> None:
         if samples_per_shard < 1:
             raise DataError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
-        self.folder, self.fingerprint, self.samples_per_shard = folder, _as_json(fingerprint), samples_per_shard
+        self.folder, self.fingerprint, self.samples_per_shard = folder, as_json(fingerprint), samples_per_shard
         self.num_rows = 0
         self.shard: dict[str, Tensor] = {}  # rows of the shard that is being filled
         self.meta: list[dict[str, Any]] = []
@@ -304,9 +315,9 @@ class _Writer:
             if not sample:
                 raise DataError(f"cannot write {self.folder}: sample 0 has no tensors")
             self.shard = {k: torch.empty(self.samples_per_shard, *v.shape, dtype=v.dtype) for k, v in sample.items()}
-        if _described(sample) != (first := _described({key: rows[0] for key, rows in self.shard.items()})):
+        if described(sample) != (first := described({key: rows[0] for key, rows in self.shard.items()})):
             raise DataError(
-                f"samples must be alike: sample {self.num_rows} is {_described(sample)}, those before it are {first}"
+                f"samples must be alike: sample {self.num_rows} is {described(sample)}, those before it are {first}"
             )
         for key, value in sample.items():
             self.shard[key][len(self.meta)] = value
@@ -320,7 +331,7 @@ class _Writer:
         rows = {key: value[: len(self.meta)] for key, value in self.shard.items()}
         try:
             write_tensors(rows, path, metadata={"meta": json.dumps(self.meta)})
-            _sync(path)
+            sync(path)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot write {path}: {error}") from error
         self.shard_bytes.append(path.stat().st_size)
@@ -338,7 +349,7 @@ class _Writer:
         partial = self.folder / f".{INDEX}.partial"
         try:
             partial.write_text(json.dumps(to_dict(index), indent=1))
-            _sync(partial)
+            sync(partial)
             os.replace(partial, self.folder / INDEX)
         except OSError as error:
             raise DataError(f"cannot write {self.folder / INDEX}: {error.strerror}") from error
@@ -381,7 +392,7 @@ def build_clip_store(
     digest = hashlib.sha256()
     for path, name in zip(paths, names, strict=True):
         digest.update(
-            os.fsencode(name) + b"\0" + _digest(path) + captions[path].text.encode("utf-8", "surrogatepass") + b"\0"
+            os.fsencode(name) + b"\0" + file_digest(path) + captions[path].text.encode("utf-8", "surrogatepass") + b"\0"
         )
     fingerprint: dict[str, Any] = {"clip": to_dict(spec), "videos": {"files": len(paths), "digest": digest.hexdigest()}}
     if among:
@@ -412,7 +423,7 @@ def build_clip_store(
     return BuildReport(writer.num_rows, len(paths), tuple(rejected), reused=False)
 
 
-def _digest(path: Path) -> bytes:
+def file_digest(path: Path) -> bytes:
     """Hash a file's size and its first and last 64 KiB: gigabytes of video are not read just to recognise them."""
     edge = 1 << 16
     with path.open("rb") as file:
@@ -432,20 +443,21 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _described(sample: dict[str, Tensor]) -> str:
+def described(sample: dict[str, Tensor]) -> str:
+    """Say which tensors there are, of which types and shapes."""
     return ", ".join(f"{key} {_name(value.dtype)}{list(value.shape)}" for key, value in sorted(sample.items()))
 
 
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+def as_json(values: dict[str, Any]) -> dict[str, Any]:
     """Return what comes back when values are written as JSON: lists for tuples, text for the names of entries."""
     return json.loads(json.dumps(values))
 
 
-def _difference(before: Any, now: Any, path: str = "") -> str | None:
+def difference(before: Any, now: Any, path: str = "") -> str | None:
     """Name the first entry in which two fingerprints differ, and both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         differences = (
-            _difference(before.get(name), now.get(name), f"{path}.{name}".lstrip(".")) for name in {**before, **now}
+            difference(before.get(name), now.get(name), f"{path}.{name}".lstrip(".")) for name in {**before, **now}
         )
         return next(filter(None, differences), None)
     return None if before == now else f"{path} was {_short(before)}, now {_short(now)}"
@@ -456,7 +468,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:20]}..."
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
