@@ -9,7 +9,7 @@ from rich.console import Console
 from test_recipe import tiny
 
 from reelflow.cli.recipes import find_recipe
-from reelflow.config import to_dict
+from reelflow.config import from_dict, to_dict
 from reelflow.data.store import Store
 from reelflow.errors import ConfigError
 from reelflow.generation.pipeline import Pipeline
@@ -67,8 +67,11 @@ def log(folder: Path) -> list[dict[str, object]]:
 
 
 def test_recipes_for_fine_autoencoders_can_be_named():
-    assert isinstance(find_recipe("fine-world", []).data, WorldData)
-    assert isinstance(find_recipe("real-clips", ["data.folder=here"]).data, FolderData)
+    world, real = find_recipe("fine-world", []), find_recipe("real-clips", ["data.folder=here"])
+    assert isinstance(world.data, WorldData)
+    assert isinstance(real.data, FolderData)
+    for recipe in (world, real):  # as a run writes and reads them
+        assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe)))) == recipe
 
 
 def projected(**network: tuple[Part, ...]) -> Recipe:

@@ -517,7 +517,7 @@ Part = (
 class Skip:
     """Layers, and a shortcut around them that is added to their result."""
 
-    layers: tuple[Part, ...]
+    layers: tuple["Part | Skip", ...]
     shortcut: tuple[Part, ...] = ()  # (): the input itself
     kind: Literal["skip"] = "skip"
 

@@ -30,8 +30,8 @@ def linear(
     patch: int,
     space: int,
     time: int,
-    encoder: tuple[Part, ...] = (),
-    decoder: tuple[Part, ...] = (),
+    encoder: tuple[Part | Skip, ...] = (),
+    decoder: tuple[Part | Skip, ...] = (),
 ) -> VAEConfig:
     """Return an autoencoder that projects cells of `time` frames and (patch x space)^2 pixels.
 

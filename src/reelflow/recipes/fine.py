@@ -7,6 +7,7 @@ say (`reelflow.models.linear`).
 from dataclasses import replace
 
 from reelflow.data.folder import ClipSpec
+from reelflow.models.coder import Conv, Timed
 from reelflow.models.linear import linear
 from reelflow.models.vae import VAEConfig
 from reelflow.recipes.folder import folder
@@ -69,6 +70,11 @@ def _beside(stage: AutoencoderStage, latent_channels: int, *, steps: int, crop_s
 
 
 def _model(network: VAEConfig, latent_channels: int) -> VAEConfig:
-    *encoder, head = network.encoder
-    encoder.append(replace(head, channels=2 * latent_channels))
-    return linear(latent_channels, patch=4, space=2, time=4, encoder=tuple(encoder), decoder=network.decoder)
+    encoder, decoder = (
+        tuple(layer for layer in layers if not isinstance(layer, Timed))
+        for layers in (network.encoder, network.decoder)
+    )
+    head = encoder[-1]
+    assert isinstance(head, Conv)
+    encoder = (*encoder[:-1], replace(head, channels=2 * latent_channels))
+    return linear(latent_channels, patch=4, space=2, time=4, encoder=encoder, decoder=decoder)
