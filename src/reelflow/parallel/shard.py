@@ -147,8 +147,9 @@ def _shard_weights(model: VideoDiT, workers: Workers, config: ParallelConfig) ->
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     for method in ("forward_packed", "prepare"):
         register_fsdp_forward_method(model, method)
-    for block in (block for block in model.blocks if isinstance(block, BranchesBlock)):
-        register_fsdp_forward_method(block, "reads")
+    for block in model.blocks:
+        if isinstance(block, BranchesBlock):
+            register_fsdp_forward_method(block, "reads")
     # Blocks return views, which FSDP warns not to write to; nothing does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 

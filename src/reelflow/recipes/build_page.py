@@ -4,7 +4,6 @@ Histograms show every clip that was measured, with the thresholds; frames show s
 """
 
 import base64
-import os
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -18,6 +17,7 @@ from reelflow.data.captioning import Span, pictures
 from reelflow.data.filters import Filters, Measures
 from reelflow.data.folder import ClipSpec
 from reelflow.errors import DataError, MediaError
+from reelflow.recipes import files
 from reelflow.recipes.plot import Histogram, Series, line_plot_svg
 
 __all__ = ["Shown", "write_build_page", "write_text"]
@@ -78,10 +78,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        files.write_text(path, text)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 

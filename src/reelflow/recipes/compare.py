@@ -60,13 +60,13 @@ from reelflow.models.blocks import Attend, Branches, FeedForward, gate_values
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.models.vae import CausalVAE, Posterior, Stage, VAEConfig, staged
-from reelflow.models.weights import load_weights, write_tensors
+from reelflow.models.weights import load_weights
 from reelflow.nn.embed import SinCos
 from reelflow.nn.patchify import Patch, token_grid
 from reelflow.nn.patterns import Full, Gated, Pattern, Space, Time, Window
 from reelflow.planning.cost import DiTCost, dit_cost, vae_cost
 from reelflow.recipes.compare_page import SCALES, USUAL, Facts, Outcome, Report, Scores, write_report
-from reelflow.recipes.runs import write_json
+from reelflow.recipes.files import write_json, write_whole_tensors
 from reelflow.training.autoencoder import AutoencoderConfig, AutoencoderTask, draw_crops, to_float
 from reelflow.training.flow import FlowConfig, FlowTask, LatentBatch, inner_matrix
 from reelflow.training.loop import TrainingConfig, train
@@ -565,11 +565,11 @@ def _share(config: Comparison, out: Path, hear: Hear) -> bool:
         rebuilt[str(size)] = _scores(raw, asked, against=other)
         error = (raw.clamp(-1, 1) - truth).square().mean(dim=(1, 2, 3, 4))
         fidelity[str(size)] = (10 * torch.log10(4 / error)).mean().item()
-        _save(
+        write_whole_tensors(
             folder / f"clips-{size}.safetensors",
             {"frames": frames, "number": numbers, "mean": posterior.mean, "logvar": posterior.logvar},
         )
-    _save(folder / "vae.safetensors", vae.state_dict())
+    write_whole_tensors(folder / "vae.safetensors", vae.state_dict())
     cost = vae_cost(config.vae, config.vae_loss.crop_frames, config.vae_loss.crop_size, config.vae_loss.crop_size)
     per_step = 3 * config.vae_training.batch_size * (cost.encode_flops + cost.decode_flops)
     facts = Facts(
@@ -606,12 +606,6 @@ def _encode(vae: CausalVAE, frames: UInt8[Tensor, "N T H W 3"]) -> Posterior:
 
 def _load(out: Path, size: int) -> Clips:
     return Clips(**load_file(out / "shared" / f"clips-{size}.safetensors"))
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    write_tensors({name: value.detach().contiguous() for name, value in tensors.items()}, partial)
-    os.replace(partial, path)
 
 
 def _averaged(checkpoint: Path) -> Path:

@@ -8,7 +8,6 @@ does not say stands in `reading`.
 import base64
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
@@ -17,6 +16,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from reelflow.config import configuration, to_dict
+from reelflow.recipes.files import write_text
 from reelflow.recipes.plot import Series, line_plot_svg, svg_file
 
 __all__ = [
@@ -511,13 +511,13 @@ def plots(report: Report) -> dict[str, str]:
 def write_report(out: Path, report: Report) -> None:
     """Write results.json, index.html, tables.md and a file for each plot; pictures come from `out/runs`."""
     drawn, made, said = plots(report), tables(report), claims(report)
-    _write(out / "results.json", json.dumps(to_dict(report), indent=1))
+    write_text(out / "results.json", json.dumps(to_dict(report), indent=1))
     for name, svg in drawn.items():
-        _write(out / f"{name}.svg", svg_file(svg))
+        write_text(out / f"{name}.svg", svg_file(svg))
     text = [f"### {table.title}\n\n{_markdown(table.head, table.rows)}" for table in made]
     claimed = _markdown(("the founding documents", "measured here"), [tuple(claim) for claim in said])
     read = "\n".join(f"* {each}" for each in reading(report))
-    _write(out / "tables.md", "\n\n".join([summary(report), read, f"### Claims\n\n{claimed}", *text]) + "\n")
+    write_text(out / "tables.md", "\n\n".join([summary(report), read, f"### Claims\n\n{claimed}", *text]) + "\n")
     first = min((outcome.seed for outcome in report.outcomes), default=0)
     pictures = {
         name: (report.of(name)[0].title, path.read_bytes())
@@ -533,7 +533,7 @@ def write_report(out: Path, report: Report) -> None:
         command=escape(report.command),
         machine=escape(", ".join(f"{name} {value}" for name, value in report.machine.items())),
     )
-    _write(out / "index.html", page)
+    write_text(out / "index.html", page)
 
 
 def _section(table: TableOf, drawn: dict[str, str]) -> str:
@@ -598,12 +598,6 @@ def reading(report: Report) -> list[str]:
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 PAGE = Template("""<!doctype html>

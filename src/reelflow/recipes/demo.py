@@ -36,9 +36,10 @@ from reelflow.evaluation.frechet import PixelPyramid, frechet_between
 from reelflow.evaluation.pixels import first_frame_agreement, flicker, psnr, ssim
 from reelflow.evaluation.world import PromptScores, score_prompts
 from reelflow.generation.pipeline import Pipeline, to_frames
+from reelflow.recipes.files import write_json
 from reelflow.recipes.page import Animation, Reconstruction, Results, Sample, Target, write_page
 from reelflow.recipes.recipe import Recipe, WorldData
-from reelflow.recipes.runs import run, write_json
+from reelflow.recipes.runs import run
 from reelflow.recipes.world import world
 from reelflow.training.autoencoder import to_float
 from reelflow.training.meters import duration, peak_memory_bytes

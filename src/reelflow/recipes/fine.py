@@ -70,7 +70,7 @@ def _beside(stage: AutoencoderStage, latent_channels: int, *, steps: int, crop_s
 
 
 def _model(network: VAEConfig, latent_channels: int) -> VAEConfig:
-    encoder, decoder = (
+    encoder, decoder = (  # timed layers, of which this network has none, cannot stand in a `Skip`
         tuple(layer for layer in layers if not isinstance(layer, Timed))
         for layers in (network.encoder, network.decoder)
     )

@@ -270,11 +270,9 @@ def changes(recipe: Recipe, trained: Trained, memory: int, rates: Rates, process
         return stage.peak <= memory
 
     half = [f"{name}.training.precision=bf16"] if training.precision == "fp32" else []
-    again = ["dit.parallel.recompute=blocks"] if trained == "transformer" else []
-    if trained == "transformer" and recipe.dit.parallel.recompute == "blocks":
-        again = []
-    kinds = {tuple(kind) for kind in ((), half, again, [*half, *again])}
-    for kind in sorted(kinds, key=len):
+    kept = trained == "transformer" and recipe.dit.parallel.recompute != "blocks"
+    again = ["dit.parallel.recompute=blocks"] if kept else []
+    for kind in dict.fromkeys(map(tuple, ([], half, again, [*half, *again]))):
         if kind and tried(kind):
             continue
         for parts in (n for n in range(2, training.batch_size + 1) if training.batch_size % n == 0):

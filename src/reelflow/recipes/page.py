@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from reelflow.config import configuration
+from reelflow.recipes.files import write_text
 from reelflow.recipes.plot import Series, line_plot_svg
 from reelflow.training.meters import duration
 
@@ -146,9 +147,7 @@ def write_page(path: Path, results: Results, run: Path) -> None:
         ),
         machine=escape(" · ".join(f"{name} {value}" for name, value in results.machine.items())),
     )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, html)
 
 
 def _plots(run: Path) -> list[str]:

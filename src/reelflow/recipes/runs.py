@@ -52,10 +52,11 @@ from reelflow.models.dit import VideoDiT
 from reelflow.models.inflate import inflate, inflated
 from reelflow.models.linear import fit_linear
 from reelflow.models.vae import CausalVAE, Posterior
-from reelflow.models.weights import files_sha256, load_weights, write_tensors
+from reelflow.models.weights import files_sha256, load_weights
 from reelflow.parallel.mesh import Workers, alone, start
 from reelflow.parallel.shard import parallelize
 from reelflow.planning.cost import vae_cost
+from reelflow.recipes.files import write_json, write_whole_tensors
 from reelflow.recipes.recipe import FolderData, Recipe, SubjectData, WorldData
 from reelflow.recipes.sets import ShardsData, aside_of, open_sets, sharded_batches
 from reelflow.training.adapter import AdapterTask
@@ -81,7 +82,6 @@ __all__ = [
     "set_aside",
     "train_autoencoder",
     "trained_autoencoder",
-    "write_json",
 ]
 
 POINT = -30.0  # log-variance of latents that are known exactly
@@ -388,7 +388,7 @@ class _Runner:
             final.parent.mkdir(exist_ok=True)
             if stage.start == "linear":
                 self._report(self._task(vae, unseen, reference))
-            _write_tensors(final, vae)
+            write_whole_tensors(final, vae.state_dict())
             return vae
         task = self._task(vae, unseen, reference)
         self.console.rule("autoencoder")
@@ -421,7 +421,7 @@ class _Runner:
         if stage.loss.learned == "all":
             with self._stage("encode", "measuring the latents"):
                 self._fit_statistics(vae, learned)
-        _write_tensors(final, vae)
+        write_whole_tensors(final, vae.state_dict())
         return vae
 
     def _task(self, vae: CausalVAE, unseen: Clips, reference: Reference | None) -> AutoencoderTask:
@@ -710,16 +710,3 @@ def _differences(before: object, now: object, path: str = "") -> list[str]:
             d for name in names for d in _differences(before.get(name), now.get(name), f"{path}.{name}".lstrip("."))
         ]
     return [] if before == now else [f"{path} was {before}, now {now}"]
-
-
-def write_json(path: Path, values: object) -> None:
-    """Write `values` as JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1))
-    os.replace(partial, path)
-
-
-def _write_tensors(path: Path, model: CausalVAE) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    write_tensors({name: value.detach().contiguous() for name, value in model.state_dict().items()}, partial)
-    os.replace(partial, path)

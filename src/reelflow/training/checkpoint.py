@@ -36,7 +36,7 @@ from reelflow.errors import CheckpointError
 from reelflow.models.dit import VideoDiT
 from reelflow.models.weights import count_names
 from reelflow.parallel.mesh import Workers
-from reelflow.parallel.shard import boxes
+from reelflow.parallel.shard import Box, boxes
 from reelflow.training.ema import Ema
 from reelflow.training.peers import Peers
 from reelflow.training.whole_file import DTYPES, Layout, Part, read_part
@@ -293,17 +293,11 @@ def _copied(tensors: Mapping[str, _Held], model: nn.Module, workers: Workers) ->
                 yield Part(name, box.offset, copy.copy_(box.data))
 
 
-class _Box(NamedTuple):
-    offset: tuple[int, ...]
-    data: Tensor
-    writes: bool
-
-
-def _boxes(held: _Held, model: nn.Module, workers: Workers) -> list[Any]:
+def _boxes(held: _Held, model: nn.Module, workers: Workers) -> list[Box]:
     if held.parameter is None or not isinstance(held.tensor, DTensor):
-        return [_Box((0,) * held.tensor.ndim, held.tensor.detach(), workers.is_first)]
+        return [Box((0,) * held.tensor.ndim, held.tensor.detach(), workers.is_first)]
     assert isinstance(model, VideoDiT)  # all that `parallelize` spreads
-    return list(boxes(held.parameter, held.tensor, model, workers))
+    return boxes(held.parameter, held.tensor, model, workers)
 
 
 @torch.no_grad()
