@@ -1,5 +1,6 @@
 """With REELFLOW_PARITY set to a path, what the tests of the families measured becomes a page there (`make parity`)."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,7 +87,7 @@ def page() -> str:
         coders=_rows(AUTOENCODERS, coders.MEASURED),
         bound_pipeline=pipelines.BOUND,
         pipelines="\n".join(
-            f"| {name} | {len(errors)} | {max(e[0] for e in errors):.1e} | {max(e[1] for e in errors):.1e} |"
+            f"| {name} | {len(errors)} | {max(e[0] for e in errors):.1e} | {_frames([e[1] for e in errors])} |"
             for name, errors in sorted(pipelines.MEASURED.items())
         ),
         sizes="\n".join(
@@ -95,6 +96,10 @@ def page() -> str:
         ),
         notes="\n".join(f"* {family.name}: {note}" for family in families for note in family.notes),
     )
+
+
+def _frames(errors: list[float]) -> str:
+    return "not made" if math.isnan(errors[0]) else f"{max(errors):.1e}"
 
 
 def _rows(families: Iterable[Any], measured: dict[str, list[Errors]]) -> str:

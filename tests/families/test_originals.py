@@ -321,6 +321,7 @@ QUICK = {
     "hunyuan15.t2v_480p",
 }
 QUICK |= {"dit.xl_2_256", "cogvideox.2b", "cogvideox.5b_i2v", "cogvideox.1_5_5b_i2v", "latte_class.xl_2_ucf101"}
+QUICK |= {"opensora2.11b", "opensora2.11b_deep"}
 SIZES = [
     pytest.param(family, name, id=(full := f"{family.name}.{name}"), marks=() if full in QUICK else pytest.mark.slow)
     for family in FAMILIES

@@ -35,6 +35,8 @@ FLOW_EULER, UNIPC, DPM = (
     "DPMSolverMultistepScheduler",
 )
 DDIM, COG_DDIM, COG_DPM = "DDIMScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"
+ANCESTRAL = "EulerAncestralDiscreteScheduler"
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 FLOW_OPTIONS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 COG = {
     "beta_schedule": "scaled_linear",
@@ -283,6 +285,24 @@ def test_as_published_cogvideox_and_latte_walk_as_diffusers_does():
     compare({"_class_name": DDIM, "clip_sample": False}, (1, 3, 2, 2, 2), 50, 0)
 
 
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("n", [1, 7, 50])
+def test_euler_ancestral_is_that_of_diffusers(n, prediction):
+    """Theirs walks over x / alpha, from noise times 4096."""
+    config = {"prediction_type": prediction, **ZERO_SNR}
+    noise = torch.randn(2, 3, 2, 2, 2, generator=seeded(0), dtype=torch.float64)
+    with exact(numpy=True):
+        scheduler = diffusers.EulerAncestralDiscreteScheduler(**config)
+        scheduler.set_timesteps(n)
+        x, draws = noise * scheduler.init_noise_sigma, seeded(7)
+        begun = scheduler.scale_model_input(x, scheduler.timesteps[0])
+        for timestep in scheduler.timesteps:
+            answer = network(scheduler.scale_model_input(x, timestep), timestep.expand(2))
+            x = scheduler.step(answer, timestep, x, generator=draws, return_dict=False)[0]
+    found = ours({"_class_name": ANCESTRAL, **config}, begun, seeded(7), n)
+    assert error(found, x) < (BOUND if prediction == "v_prediction" else 1e-6)  # which alpha = 1 / 4096 magnifies
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -392,6 +412,7 @@ def test_dynamic_guidance_mixes_steps_of_sampling_with_timesteps_of_training():
         ({"_class_name": DDIM, "thresholding": True}, "thresholding: Input should be False"),
         ({"_class_name": DDIM, "num_train_timesteps": 500}, "num_train_timesteps: Input should be 1000"),
         ({"_class_name": COG_DPM, "set_alpha_to_one": False}, "set_alpha_to_one: Input should be True"),
+        ({"_class_name": ANCESTRAL}, "with rescale_betas_zero_snr and timestep_spacing='trailing' only"),
     ],
 )
 def test_what_we_do_not_reproduce_is_refused(config, message):
@@ -410,6 +431,7 @@ def test_what_we_do_not_reproduce_is_refused(config, message):
         ({"_class_name": DDIM}, {"num_steps": 1001}, "at most 1000"),
         ({"_class_name": DDIM, "timestep_spacing": "trailing"}, {"num_steps": 61}, "make no 61 steps.*nearest: 60"),
         ({"_class_name": DDIM, "steps_offset": 999}, {"num_steps": 2}, "offset 999"),
+        ({"_class_name": ANCESTRAL, **ZERO_SNR}, {"num_steps": 400}, "begins before the first; nearest: 269"),
     ],
 )
 def test_times_that_cannot_be_are_refused(config, options, message):

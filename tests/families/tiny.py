@@ -12,7 +12,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["WIDTH", "byt5", "clip_text", "clip_vision", "llama", "llava", "qwen_vl", "siglip", "t5", "umt5", "wan"]
+__all__ = [
+    "WIDTH",
+    "byt5",
+    "clip_text",
+    "clip_vision",
+    "llama",
+    "llava",
+    "mt5",
+    "qwen_vl",
+    "siglip",
+    "t5",
+    "umt5",
+    "wan",
+]
 
 SPELLED = """
 a an the and in on of at to over is no not with by
@@ -60,6 +73,22 @@ def umt5(
 
     words = _unigram(folder / tokenizer, length)
     return words, _save(UMT5EncoderModel(UMT5Config(**_t5_sizes(len(words), dim))), folder / encoder, seed)
+
+
+def mt5(
+    folder: Path,
+    *,
+    tokenizer: str = "tokenizer",
+    encoder: str = "text_encoder",
+    dim: int = WIDTH,
+    length: int = 512,
+    seed: int = 0,
+) -> tuple[Any, Any]:
+    """Write an mT5 encoder: T5 v1.1 of another vocabulary."""
+    from transformers import MT5Config, MT5EncoderModel
+
+    words = _unigram(folder / tokenizer, length)
+    return words, _save(MT5EncoderModel(MT5Config(**_t5_sizes(len(words), dim))), folder / encoder, seed)
 
 
 def byt5(

@@ -43,7 +43,7 @@ LOG = logging.getLogger(__name__)
 TURN = Lock()  # padding and length are state of a tokenizer, which another thread could change midway
 
 # Classes that read only, where transformers would choose one that also writes, or also sees.
-READERS = {"t5": "T5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
+READERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "clip": "CLIPTextModel"}
 SEERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 
 

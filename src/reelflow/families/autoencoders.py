@@ -1,5 +1,6 @@
 """All published autoencoders, and folders of their weights into models and back."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,29 +38,33 @@ AUTOENCODERS: tuple[Coder, ...] = (
 )
 
 
-def load_vae(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVAE:
+def load_vae(source: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVAE:
     """Return the autoencoder in a folder of published weights (config.json and safetensors), as diffusers writes them.
 
-    Weights keep the type they are stored in, or are cast to `dtype`.
+    Or that in a safetensors file, where shapes tell enough. Weights keep the type they are stored in, or are cast to `dtype`.
 
     Raises:
-        CheckpointError: the folder holds no such autoencoder, or the weights are not those of its configuration.
+        CheckpointError: there is no such autoencoder, or the weights are not those of its configuration.
     """
-    vae, family = empty_vae(folder)
-    stored = Stored(Path(folder))
+    vae, family = empty_vae(source)
+    stored = Stored(Path(source))
     read_into(vae, _table(family, vae, stored), stored, dtype=dtype, device=device)
     for statistic in (vae.latent_mean, vae.latent_std):  # constants come in the type of none
         statistic.data = statistic.to(next(vae.parameters()).dtype)
     return vae.to(memory_format=torch.channels_last_3d).eval()  # type: ignore[call-overload]
 
 
-def empty_vae(folder: str | Path) -> tuple[CausalVAE, Coder]:
+def empty_vae(source: str | Path) -> tuple[CausalVAE, Coder]:
     """Return the autoencoder that a folder's config.json tells of, without weights, on the meta device; and its family.
+
+    Of a safetensors file its shapes tell.
 
     Raises:
         CheckpointError: there is no such file, or it tells of no autoencoder known here.
     """
-    path = Path(folder) / "config.json"
+    if Path(source).is_file():
+        return _bare(Stored(Path(source)))
+    path = Path(source) / "config.json"
     found = read_configuration(path)
     known = {family.class_name: family for family in AUTOENCODERS}
     name = found.get("_class_name") or (found.get("architectures") or [None])[0]
@@ -81,6 +86,15 @@ def save_vae(vae: CausalVAE, folder: str | Path, family: Coder, *, dtype: torch.
         raise ConfigError(f"the network is none of {family.name}; {family.name} has {', '.join(family.sizes)}")
     config = {"_class_name": family.class_name, **said}
     write_folder(vae, family.weights(vae.config), Path(folder), config=config, dtype=dtype)
+
+
+def _bare(stored: Stored) -> tuple[CausalVAE, Coder]:
+    shapes = {name: tuple(x.shape) for name, x in stored.meta.items()}
+    for family in AUTOENCODERS:
+        if family.bare is not None:
+            with suppress(KeyError), torch.device("meta"):
+                return CausalVAE(family.read(family.bare(shapes))), family
+    raise CheckpointError(f"{stored.where} is no autoencoder that shapes tell; give a folder with a config.json")
 
 
 def _table(family: Coder, vae: CausalVAE, stored: Stored) -> tuple[Row, ...]:

@@ -36,6 +36,12 @@ class Coder:
     write: Callable[[VAEConfig], dict[str, Any]]
     weights: Callable[[VAEConfig], tuple[Row, ...]]
     older_weights: Callable[[VAEConfig], tuple[Row, ...]] | None = None  # where older files have other names
+    bare: Callable[[Mapping[str, Sequence[int]]], dict[str, Any]] | None = None
+    """From the shapes in a file without config.json to what that would say.
+
+    Raises:
+        KeyError: they are not of this design.
+    """
     notes: tuple[str, ...] = ()  # where references disagree, and what was chosen
 
 

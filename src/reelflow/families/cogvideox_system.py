@@ -38,7 +38,7 @@ def text_to_video(folder: SystemFolder) -> System:
         walk=walk,
         defaults=DEFAULTS if network.config.patch.t == 1 else LATER,
         conditions=conditions,
-        times=lambda num_steps, num_tokens: walk.times(num_steps),
+        times=lambda num_steps, grid: walk.times(num_steps),
         fills_patches=True,
     )
 

@@ -40,7 +40,7 @@ def class_to_picture(folder: SystemFolder) -> System:
         walk=walk,
         defaults=Defaults(num_steps=50, guidance_scale=4.0, clip=(1, side, side), fps=1.0),
         conditions=conditions,
-        times=lambda num_steps, num_tokens: walk.times(num_steps),
+        times=lambda num_steps, grid: walk.times(num_steps),
         check=check,
     )
 

@@ -150,7 +150,7 @@ def system(
         walk=walk,
         defaults=Defaults(num_steps=50, guidance_scale=guider.scale, clip=CLIPS[area], fps=24.0),
         conditions=conditions,
-        times=lambda num_steps, num_tokens: walk.times(num_steps, sigmas=sigmas_of(num_steps)),
+        times=lambda num_steps, grid: walk.times(num_steps, sigmas=sigmas_of(num_steps)),
         rescale=guider.guidance_rescale,
     )
 

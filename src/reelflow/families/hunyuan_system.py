@@ -171,7 +171,7 @@ def _system(
             embedded_guidance=guidance if network.config.numbers else None,
         ),
         conditions=conditions,
-        times=lambda num_steps, num_tokens: walk.times(num_steps, sigmas=sigmas_of(num_steps)),
+        times=lambda num_steps, grid: walk.times(num_steps, sigmas=sigmas_of(num_steps)),
         picture=picture,
         frames_before=frames_before,
     )

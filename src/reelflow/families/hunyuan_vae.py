@@ -5,8 +5,8 @@ convolutions, and doubled by repetition and a convolution; frame 0 is repeated i
 attends to all frames up to its own. Every group norm sees the whole clip, so the first latent depends on the last frame.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from math import log2
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import gcd, log2
 from typing import Any
 
 from reelflow.families.coder import Coder, CoderSize, Name, coder_rows, levels_of, scale_of
@@ -146,6 +146,22 @@ def write(config: VAEConfig) -> dict[str, Any]:
     }
 
 
+def read_bare(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return what config.json would say of the file that Open-Sora 2.0 comes with, or others like it.
+
+    Of groups there are 32, which shapes do not tell, or as many as narrower networks allow.
+    """
+    blocks = [f"encoder.down_blocks.{level}.resnets." for level in range(len(_DEFAULTS["block_out_channels"]))]
+    widths = [shapes[f"{name}0.conv1.conv.weight"][0] for name in blocks]
+    return {
+        "latent_channels": shapes["post_quant_conv.weight"][0],
+        "block_out_channels": widths,
+        "layers_per_block": sum(name.startswith(blocks[0]) and name.endswith("conv1.conv.weight") for name in shapes),
+        "norm_num_groups": gcd(_DEFAULTS["norm_num_groups"], *widths),
+        "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
+    }
+
+
 def _shape(config: VAEConfig) -> dict[str, Any]:
     """Return what `autoencoder` was told."""
     levels, head = levels_of(config.encoder, middle=2), config.encoder[-3]
@@ -203,6 +219,7 @@ HUNYUAN_VAE = Coder(
     read=read,
     write=write,
     weights=weights,
+    bare=read_bare,
     notes=(
         "diffusers cuts clips of more than 16 frames into windows and fades between them unless told not to; ours takes "
         "the whole clip, as its norms do.",

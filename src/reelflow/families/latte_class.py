@@ -192,7 +192,7 @@ LATTE_CLASS = Family(
         "xl_2_ucf101": Size(transformer(classes=101), 673_799_072, "maxin-cn/Latte"),
         "xl_2": Size(transformer(), 673_681_568, "maxin-cn/Latte"),
     },
-    licence="Apache-2.0",
+    licence="MIT",
     read=read,
     write=write,
     weights=weights,

@@ -240,7 +240,7 @@ LTX = Family(
             transformer(head_dim=128, depth=48, causal=True), 13_042_569_344, "Lightricks/LTX-Video-0.9.7-dev"
         ),
     },
-    licence="",
+    licence="RAIL-M (0.9.0), OpenRAIL-M (0.9.5), LTXV Open Weights License (0.9.7)",
     read=read,
     write=write,
     weights=weights,

@@ -22,6 +22,7 @@ from reelflow.families.ltx import FRAMES
 from reelflow.families.schedulers import Walk, mu_of, sigmas_of
 from reelflow.families.system import Asked, Conditions, Defaults, Expert, System, SystemFolder, drawn_first
 from reelflow.models.dit import VideoDiT
+from reelflow.nn.patchify import Grid
 from reelflow.nn.rope import Steps
 
 __all__ = ["LATER_PROMPT", "PROMPT", "image_to_video", "text_or_image_to_video", "text_to_video"]
@@ -38,8 +39,8 @@ def text_to_video(folder: SystemFolder) -> System:
     """Read an LTXPipeline."""
     walk, scheduler = folder.walk(), folder.json("scheduler/scheduler_config.json")
 
-    def times(num_steps: int, num_tokens: int) -> Float[Tensor, " times"]:
-        return walk.times(num_steps, mu=mu_of(scheduler, num_tokens), sigmas=sigmas_of(num_steps).float())
+    def times(num_steps: int, grid: Grid) -> Float[Tensor, " times"]:
+        return walk.times(num_steps, mu=mu_of(scheduler, grid.num_tokens), sigmas=sigmas_of(num_steps).float())
 
     return _system(folder, folder.transformer(), walk, PROMPT, times=times)
 
@@ -61,7 +62,7 @@ def text_or_image_to_video(folder: SystemFolder) -> System:
         )
     published = folder.walk()
 
-    def times(num_steps: int, num_tokens: int) -> Float[Tensor, " times"]:
+    def times(num_steps: int, grid: Grid) -> Float[Tensor, " times"]:
         return torch.cat([1 - sigmas_of(num_steps, SCHEDULE).float().double(), torch.ones(1, dtype=torch.float64)])
 
     walk = replace(published, sampler=lambda draws: _restless(published, draws))
@@ -86,7 +87,7 @@ def _system(
     walk: Walk,
     prompt: Reading,
     *,
-    times: Callable[[int, int], Float[Tensor, " times"]],
+    times: Callable[[int, Grid], Float[Tensor, " times"]],
 ) -> System:
     text, vae = folder.text(prompt), folder.vae()
 

@@ -366,7 +366,7 @@ LTX_VAE = Coder(
             clip=(161, 512, 704),
         ),
     },
-    licence="",
+    licence="RAIL-M (0.9.0, 0.9.1), OpenRAIL-M (0.9.5)",
     read=read,
     write=write,
     weights=weights,

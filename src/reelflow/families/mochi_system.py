@@ -32,7 +32,7 @@ def text_to_video(folder: SystemFolder) -> System:
         walk=walk,
         defaults=DEFAULTS,
         conditions=conditions,
-        times=lambda num_steps, num_tokens: walk.times(num_steps, sigmas=sigmas_of(num_steps, SCHEDULE).float()),
+        times=lambda num_steps, grid: walk.times(num_steps, sigmas=sigmas_of(num_steps, SCHEDULE).float()),
     )
 
 

@@ -7,9 +7,12 @@ The second network is for an autoencoder that compresses 32 times along a side, 
 Rotary positions come in the half layout, which the table of weights turns round.
 """
 
+import math
 from typing import Any
 
+from reelflow.errors import CheckpointError
 from reelflow.families.family import Family, Size, arguments
+from reelflow.families.originals import Original, Shapes, count_blocks
 from reelflow.interop.mapping import NEGATED, Change, Row, linear, parameter, reordered, table
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.context import Layers
@@ -126,6 +129,33 @@ def write(config: DiTConfig) -> dict[str, Any]:
     }
 
 
+def read_original(shapes: Shapes, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the original MMDiTConfig, which the published files come without.
+
+    Raises:
+        CheckpointError: heads are of another width than the published ones, so that their axes are not known.
+    """
+    dim, channels = shapes["img_in.weight"]
+    given = shapes.get("cond_in.weight")
+    (head_dim,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
+    if head_dim != sum(_DEFAULTS["axes_dim"]):
+        raise CheckpointError(f"shapes do not tell the rotary axes of heads of {head_dim} channels; published: 128")
+    return {
+        "in_channels": channels,
+        "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
+        "context_in_dim": shapes["txt_in.weight"][1],
+        "hidden_size": dim,
+        "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / dim,
+        "num_heads": dim // head_dim,
+        "depth": count_blocks(shapes, "double_blocks."),
+        "depth_single_blocks": count_blocks(shapes, "single_blocks."),
+        "qkv_bias": "double_blocks.0.img_attn.q_proj.bias" in shapes,
+        "guidance_embed": "guidance_in.in_layer.weight" in shapes,
+        "cond_embed": given is not None,
+        "patch_size": 2 if given is None else math.isqrt(given[1] - channels),  # the mask has one channel
+    }
+
+
 def weights(config: DiTConfig) -> tuple[Row, ...]:
     """Relate our weights to the published ones."""
     duals = sum(isinstance(layer, Dual) for layer in config.layers)
@@ -210,12 +240,22 @@ OPENSORA2 = Family(
     write=write,
     weights=weights,
     native=True,
+    original=Original(  # which has no config.json: that one is ours
+        telling=("double_blocks.0.img_attn.q_proj.weight", "single_blocks.0.v_mlp.weight"),
+        read=read_original,
+        weights=weights,
+        file="Open_Sora_v2",
+    ),
     clip=(129, 576, 1024),
     stride=(4, 8, 8),
     context_tokens=512,
     notes=(
         "published weights hold rotary channels in the half layout and unfused projections; the repository's other two "
         "layouts are refused.",
+        "the system's autoencoder is HunyuanVideo's, under Tencent's licence (hunyuan_vae.safetensors in the repository). The "
+        "original cuts frames wider or higher than 256 pixels into tiles and fades between them; ours takes them whole.",
+        "with a picture the original puts its latents back into the first clip of a batch alone, ours into each; a prompt that "
+        "ends in a motion score of its own gets no second one.",
         "the network for the deep autoencoder takes 32 latent frames of 128 frames of pixels, ours of 125 (or 4 n + 1).",
     ),
 )

@@ -62,6 +62,6 @@ def text_to_video(network: VideoDiT, vae: CausalVAE, text: Callable[[Sequence[st
         walk=with_variance(read_scheduler(EULER), network),
         defaults=DEFAULTS,
         conditions=conditions,
-        times=lambda num_steps, num_tokens: inference_times(num_steps, shift=math.sqrt(num_tokens / TOKENS)),
+        times=lambda num_steps, grid: inference_times(num_steps, shift=math.sqrt(grid.num_tokens / TOKENS)),
         check=check,
     )

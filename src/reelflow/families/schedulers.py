@@ -36,6 +36,7 @@ __all__ = ["Walk", "dynamic_guidance", "mu_of", "read_scheduler", "sigmas_of"]
 
 STEPS = 1000  # in training: a timestep is 1000 sigma, or a whole number from 0 (nearly data) to 999 (noise)
 FLOW = Parameterization()
+TRACE = 2.0**24  # 1 / alpha^2 where Euler ancestral begins, though the SNR is zero
 NEARLY_ONE = 1e-6  # UniPC begins so far from sigma = 1, where log-SNR is infinite
 
 Latents = Float[Tensor, "B C T H W"]
@@ -396,13 +397,46 @@ class CogVideoXDPM(CogVideoXDDIM):
         return Walk(self.parameterization(self.snr_shift_scale), self.times, sampler, _step_before)
 
 
-KINDS: dict[str, type[FlowMatchEuler | UniPC | DPMSolver | DDIM | CogVideoXDDIM | CogVideoXDPM]] = {
+@configuration
+class EulerAncestral(Betas):
+    """DDIM with eta = 1 over trailing steps; the first keeps a trace of the data, as if it stood at alpha = 1 / 4096."""
+
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "linspace"
+
+    def __post_init__(self) -> None:
+        if not self.rescale_betas_zero_snr or self.timestep_spacing != "trailing":
+            raise ConfigError("it is reproduced with rescale_betas_zero_snr and timestep_spacing='trailing' only")
+
+    def walk(self) -> Walk:
+        def fed(t: Tensor) -> Tensor:
+            return torch.where(t.double() < first + NEARLY_ONE, 1 / STEPS, _step_before(t))
+
+        first = self.first.item()
+        return Walk(self.parameterization(), self.times, lambda draws: partial(ddim, generator=draws), fed)
+
+    def times(
+        self, num_steps: int, *, mu: float | None = None, sigmas: Float[Tensor, " steps"] | None = None
+    ) -> Float[Tensor, " times"]:
+        times = torch.cat([self.first[None], Betas.times(self, num_steps, mu=mu, sigmas=sigmas)[1:-1], torch.ones(1)])
+        if not bool((times.diff() > 0).all()):
+            raise ConfigError(f"the second of {num_steps} steps begins before the first; nearest: {int(1 / times[0])}")
+        return times
+
+    @property
+    def first(self) -> Float[Tensor, ""]:
+        process = self.parameterization().process
+        assert isinstance(process, VariancePreserving)
+        return process.time_at(torch.tensor(-math.log(TRACE - 1), dtype=torch.float64))
+
+
+KINDS: dict[str, type[FlowMatchEuler | UniPC | DPMSolver | DDIM | CogVideoXDDIM | CogVideoXDPM | EulerAncestral]] = {
     "FlowMatchEulerDiscreteScheduler": FlowMatchEuler,
     "UniPCMultistepScheduler": UniPC,
     "DPMSolverMultistepScheduler": DPMSolver,
     "DDIMScheduler": DDIM,
     "CogVideoXDDIMScheduler": CogVideoXDDIM,
     "CogVideoXDPMScheduler": CogVideoXDPM,
+    "EulerAncestralDiscreteScheduler": EulerAncestral,
 }
 
 

@@ -16,6 +16,7 @@ from reelflow.families.system import Asked, Conditions, Defaults, Expert, System
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig
 from reelflow.nn.embed import Learned
+from reelflow.nn.patchify import Grid
 
 __all__ = ["LONG", "SHORT", "text_to_picture"]
 
@@ -49,9 +50,9 @@ def text_to_picture(folder: SystemFolder) -> System:
         one_frame(asked)
         _check_table(asked, network.config, vae.config.spatial_stride)
 
-    def times(num_steps: int, num_tokens: int) -> torch.Tensor:
+    def times(num_steps: int, grid: Grid) -> torch.Tensor:
         dynamic = bool(scheduler.get("use_dynamic_shifting"))
-        return walk.times(num_steps, mu=mu_of(scheduler, num_tokens) if dynamic else None)
+        return walk.times(num_steps, mu=mu_of(scheduler, grid.num_tokens) if dynamic else None)
 
     return System(
         experts=(Expert(network),),

@@ -18,6 +18,7 @@ from torch import Tensor
 from reelflow.conditioning.pretrained import PretrainedImage, PretrainedText, Reading
 from reelflow.conditioning.text import TextFeatures
 from reelflow.diffusion.guidance import Scale
+from reelflow.diffusion.process import Predict
 from reelflow.diffusion.samplers import draw
 from reelflow.errors import CheckpointError, ConfigError, nearest
 from reelflow.families.schedulers import Walk, read_scheduler
@@ -25,9 +26,11 @@ from reelflow.interop.checkpoints import read_configuration
 from reelflow.models.condition import Condition
 from reelflow.models.dit import VideoDiT
 from reelflow.models.vae import CausalVAE
+from reelflow.nn.patchify import Grid
 
 __all__ = [
     "Asked",
+    "Branches",
     "Conditions",
     "Defaults",
     "Expert",
@@ -56,6 +59,18 @@ class Asked:
     latent_shape: tuple[int, int, int, int]  # C t h w
     generators: Sequence[torch.Generator]  # one for each clip, of what its condition draws
     guided: bool = True  # something is led away from; without, `negative` need not be read
+    picture_guidance: float | None = None  # how far away from a clip that does not begin with the picture; 1 = off
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What the network answers in one run, told all and told less, and how far guidance is to lead."""
+
+    cond: Predict
+    uncond: Predict | None
+    nothing: Predict | None
+    scale: Scale
+    times: Float[Tensor, " times"] | Float[Tensor, "times T"]  # of the run
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,10 @@ class Conditions:
     uncond: Condition | None = None  # what guidance leads away from; None if nothing does
     known: Float[Tensor, "B C t0 h w"] | None = None
     token_rate: float | None = None  # latent frames a second, where positions are in seconds
+    nothing: Condition | None = None  # as uncond, and without the picture
+    steer: Callable[[Branches], Predict] | None = None  # None: classifier-free guidance
     start: Callable[[Tensor], Tensor] | None = None  # what the run starts from, of its noise; None: the noise
+    end: Callable[[Tensor], Tensor] | None = None  # what becomes of the latents that it ends with; None: nothing
 
 
 @dataclass(frozen=True)
@@ -90,13 +108,14 @@ class Defaults:
     fps: float
     negative: str = ""
     embedded_guidance: float | None = None
+    picture_guidance: float | None = None  # of a system that leads away from clips without the picture too
 
 
 @dataclass(frozen=True)
 class System:
     """A published system, its weights at hand.
 
-    `times` gives, for a number of steps and of video tokens, our rising times; the first may lie above 0 though the run
+    `times` gives, for a number of steps and the clip's tokens, our rising times; the first may lie above 0 though the run
     starts from noise alone, as published.
     """
 
@@ -105,13 +124,14 @@ class System:
     walk: Walk
     defaults: Defaults
     conditions: Callable[[Asked], Conditions]
-    times: Callable[[int, int], Float[Tensor, " steps"]]
+    times: Callable[[int, Grid], Float[Tensor, " steps"]]
     picture: Literal["none", "may", "must"] = "none"  # whether a clip may begin with a picture
     frames_before: int = 0  # latent frames that are made before the clip's, and dropped once decoded
     fills_patches: bool = False  # makes latent frames before those too, to fill a patch, and decodes none of them
     next_time: bool = False  # networks are told the time that a step leads to, as their one number
     check: Callable[[Asked], None] = lambda asked: None  # refuses what it cannot make, before anything is computed
     rescale: float = 0.0  # share of the conditional standard deviation that guidance restores
+    latents_only: str = ""  # why there are no frames: `vae` has no weights then, and is of the same extents alone
 
 
 class SystemFolder:
@@ -152,12 +172,12 @@ class SystemFolder:
         return isinstance(entry, list) and entry[0] is not None
 
     def part(self, name: str) -> Path:
-        """Return the folder of a part.
+        """Return the folder, or the file, of a part.
 
         Raises:
             CheckpointError: there is none.
         """
-        if not (self.folder / name).is_dir():
+        if not (self.folder / name).exists():
             parts = sorted(path.name for path in self.folder.iterdir() if path.is_dir())
             raise CheckpointError(f"{self.folder} has no part {name!r}; {nearest(name, parts)}")
         return self.folder / name

@@ -1,4 +1,4 @@
-"""All published systems that a folder of diffusers can be read as."""
+"""All published systems that a folder can be read as: one of diffusers, or one as its own repository has it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +14,8 @@ from reelflow.families import (
     latte_system,
     ltx_system,
     mochi_system,
+    opensora2_system,
+    opensora_plan_system,
     sd3_system,
     wan_system,
 )
@@ -21,7 +23,7 @@ from reelflow.families.autoencoders import empty_vae, load_vae
 from reelflow.families.published import find_transformer, load_transformer
 from reelflow.families.system import System, SystemFolder
 
-__all__ = ["SYSTEMS", "load_system", "sketch_system"]
+__all__ = ["FOLDERS", "SYSTEMS", "is_system", "load_system", "sketch_system"]
 
 SYSTEMS: Mapping[str, Callable[[SystemFolder], System]] = {
     **cogvideox_system.SYSTEMS,
@@ -36,9 +38,22 @@ SYSTEMS: Mapping[str, Callable[[SystemFolder], System]] = {
 }
 """By the pipeline's class that a model_index.json names."""
 
+FOLDERS: Mapping[str, Callable[[SystemFolder], System]] = {
+    **opensora2_system.FOLDERS,
+    **opensora_plan_system.FOLDERS,
+}
+"""By a file that is there, of repositories without a model_index.json."""
+
+
+def is_system(folder: str | Path) -> bool:
+    """Say whether a folder is of a whole published system."""
+    return any((Path(folder) / name).is_file() for name in ("model_index.json", *FOLDERS))
+
 
 def load_system(folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> System:
     """Read a folder of a whole published system (model_index.json and a folder for each part), as diffusers writes it.
+
+    Or one as its own repository has it, known by a file of `FOLDERS`.
 
     Weights keep the type they are stored in, or are cast to `dtype`.
 
@@ -64,6 +79,9 @@ def sketch_system(folder: str | Path) -> System:
 
 
 def _read(parts: SystemFolder) -> System:
+    for file, read in FOLDERS.items():
+        if (parts.folder / file).is_file():
+            return read(parts)
     name = str(parts.index.get("_class_name"))
     if name not in SYSTEMS:
         raise CheckpointError(

@@ -46,7 +46,7 @@ def text_to_video(folder: SystemFolder) -> System:
         walk=walk,
         defaults=DEFAULTS,
         conditions=conditions,
-        times=lambda num_steps, num_tokens: walk.times(num_steps),
+        times=lambda num_steps, grid: walk.times(num_steps),
     )
 
 
