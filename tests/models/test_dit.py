@@ -396,6 +396,37 @@ def test_a_prepared_condition_is_not_embedded_again_nor_read_by_cross_attention(
     assert len(again) == len(kept) == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_tokens_that_end_a_context_are_read_as_few_that_count_as_many(dtype):
+    model = network(replace(BARE, layers=(WITH_TEXT, WITH_TEXT), context=Layers(5))).to(dtype)
+    context = normal(2, 40, 5, seed=1).to(dtype)
+    context[0, 11:], context[1, 7:] = context[0, -1:].clone(), context[1, -1:].clone()
+    x, t, told = X.to(dtype), TIMES.to(dtype), Condition(context=context)
+    with torch.no_grad():
+        prepared = model.prepare(x, told)
+        (k, _), *_ = next(iter(prepared.reads.values()))
+        assert 11 < k.shape[2] <= 13
+        found, expected = model(x, t, prepared).double(), model(x, t, told).double()
+    error = (found - expected).abs().max() / expected.square().mean().sqrt()
+    assert error < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    assert not torch.equal(expected, model(x, t, Condition(context=context[:, :13])).double())
+
+
+def test_equal_tokens_are_kept_where_each_has_a_place_or_changes():
+    context = Condition(context=normal(2, 1, 5, seed=1).expand(2, 8, 5))
+    table = Learned((T, H // 2, W // 2), form="grid", context=8)
+    for layers, door, absolute, lengths in (
+        ((WITH_TEXT,), Layers(5, positions=8), (), {8}),
+        ((WITH_TEXT,), Layers(5), (table,), {8}),
+        ((WITH_TEXT,), Layers(5), (), {1, 2}),
+        ((WITH_TEXT, Dual()), Layers(5), (), {8}),
+    ):
+        model = network(replace(BARE, layers=layers, context=door, absolute=absolute))
+        prepared = model.prepare(X, context)
+        assert prepared.context.tokens.shape[1] in lengths
+        close(model(X, TIMES, prepared), model(X, TIMES, context))
+
+
 @pytest.mark.parametrize("asked", [{"latents": X[:, :, :2]}, {"token_rate": 3.0}])
 def test_a_prepared_condition_is_refused_for_another_shape_or_rate(asked):
     model = network(replace(FULL, extra_channels=0))

@@ -44,3 +44,13 @@ def test_a_video_padded_with_its_border_keeps_channels_last_with_data_and_withou
         with mode, Weighing():
             y = nn.functional.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate")
         assert y.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_a_norm_of_one_picture_with_channels_last_copies_it_with_data_and_without():
+    peaks = []
+    for mode in (nullcontext(), FakeTensorMode()):
+        with mode, Weighing() as weighing:
+            x = torch.empty_strided((1, 4, 1, 8, 8), (256, 1, 256, 32, 4))
+            nn.functional.group_norm(x.movedim(2, 1).flatten(0, 1), 2)
+        peaks.append(weighing.peak)
+    assert peaks[0] == peaks[1] > 3 * 1024

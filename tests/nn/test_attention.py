@@ -111,3 +111,12 @@ def test_head_norm_divides_each_head_by_its_root_mean_square():
 
 def test_head_norm_keeps_the_precision_of_its_input():
     assert RMSNorm(8)(torch.ones(1, 1, 2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_key_with_the_log_of_a_number_counts_as_so_many_keys(path):
+    q, k, v = normal(2, 2, 5, 4), normal(2, 2, 3, 4, seed=1), normal(2, 2, 3, 4, seed=2)
+    counts = torch.tensor([1, 4, 2])
+    many = (x.repeat_interleave(counts, dim=2) for x in (k, v))
+    few = path(q, k, v, counts.double().log().view(1, 1, 1, 3))
+    torch.testing.assert_close(few, path(q, *many, None), rtol=0, atol=1e-12)

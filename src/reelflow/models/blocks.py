@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
 from reelflow.nn.attention import QKNorm, attend, attend_segments, build_qk_norm
+from reelflow.nn.linear import Linear
 from reelflow.nn.mlp import Activation, Mlp, activate, inner_width
 from reelflow.nn.modulation import Modulation, Rows, Table, gated, modulate, spread
 from reelflow.nn.norm import Norm, build_norm
@@ -191,7 +192,7 @@ class Streams:
 
     `vector` has one row per group of video tokens (per clip, per frame or per token); `context_vector` has one.
     `rope` turns each video token by its own place in the grid, whatever the pattern of attention. `mask` hides padded
-    context tokens; video tokens are never hidden.
+    context tokens; video tokens are never hidden. Where the context is only read it may be numbers, added to scores.
 
     Clips of several sizes are one row, B = 1, as the `Segments` in `grid` say. Then the vectors have rows for all clips,
     `rows` and `context_rows` name the one of each token, and nothing is hidden because nothing is padded.
@@ -205,7 +206,7 @@ class Streams:
     vector: Float[Tensor, "B groups V"]
     context_vector: Float[Tensor, "B 1 V"] | Float[Tensor, "B clips V"]
     rope: Rope | None
-    mask: Bool[Tensor, "B 1 1 L+N"] | None
+    mask: Bool[Tensor, "B 1 1 L+N"] | Float[Tensor, "1 1 1 L"] | None
     grid: Grid | Segments | Share
     image: Float[Tensor, "B P D"] | None = None
     rows: Rows | None = None
@@ -224,7 +225,7 @@ class Gate(nn.Module):
         super().__init__()
         per_token = pattern.granularity == "token"
         self.logit = None if per_token else nn.Parameter(torch.zeros(num_heads if pattern.granularity == "head" else 1))
-        self.linear = nn.Linear(dim, 1) if per_token else None
+        self.linear = Linear(dim, 1) if per_token else None
         if self.linear is not None:
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
@@ -270,7 +271,7 @@ class Projection(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(in_dim or dim, 3 * dim, bias=bias)
+        self.qkv = Linear(in_dim or dim, 3 * dim, bias=bias)
         self.norm_q, self.norm_k = (build_qk_norm(norm, dim, num_heads) for _ in range(2))
 
     def forward(self, x: Float[Tensor, "B M I"], rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,7 +285,7 @@ class Read(nn.Module):
     def __init__(self, dim: int, num_heads: int, norm: QKNorm | None, *, in_dim: int, bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.kv = nn.Linear(in_dim, 2 * dim, bias=bias)
+        self.kv = Linear(in_dim, 2 * dim, bias=bias)
         self.norm_k = build_qk_norm(norm, dim, num_heads)
 
     def forward(self, x: Float[Tensor, "B L I"]) -> tuple[Tensor, Tensor]:
@@ -318,7 +319,7 @@ class DualStream(nn.Module):
         self.modulation = Modulation(widths.vector, dim, branches * (2 + spec.shift))
         self.norm1, self.norm2 = (build_norm(spec.norm, dim) for _ in range(2))
         self.project = Projection(widths.dim, widths.num_heads, spec.qk_norm, in_dim=dim, bias=spec.qkv_bias)
-        self.out = nn.Linear(widths.dim, dim)
+        self.out = Linear(widths.dim, dim)
         self.mlp = Mlp(dim, round(spec.mlp_ratio * dim), activation=widths.activation, bias=spec.mlp_bias)
         self.post1, self.post2 = (build_norm(spec.post, dim) for _ in range(2))
 
@@ -349,7 +350,7 @@ class Idle(nn.Module):
 
     def __init__(self, spec: Dual, dim: int, widths: Widths) -> None:
         super().__init__()
-        self.query = nn.Linear(dim, widths.dim, bias=spec.qkv_bias)
+        self.query = Linear(dim, widths.dim, bias=spec.qkv_bias)
         self.norm_q = build_qk_norm(spec.qk_norm, widths.dim, widths.num_heads)
 
 
@@ -424,8 +425,8 @@ class SingleBlock(nn.Module):
         self.modulation = Modulation(widths.vector, dim, 3)
         self.norm = build_norm(spec.norm, dim)
         self.project = Projection(dim, widths.num_heads, spec.qk_norm)
-        self.up = nn.Linear(dim, inner_width(widths.activation, hidden))
-        self.out = nn.Linear(dim + hidden, dim)
+        self.up = Linear(dim, inner_width(widths.activation, hidden))
+        self.out = Linear(dim + hidden, dim)
         self.gate = _gate(spec.attend, dim, widths.num_heads)
 
     def forward(self, s: Streams) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"]]:
@@ -460,7 +461,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.pattern = pattern
         self.project = Projection(widths.dim, widths.num_heads, qk_norm)
-        self.out = nn.Linear(widths.dim, widths.dim)
+        self.out = Linear(widths.dim, widths.dim)
         self.gate = _gate(pattern, widths.dim, widths.num_heads)
 
     def forward(self, x: Float[Tensor, "B N D"], s: Streams) -> Float[Tensor, "B N D"]:
@@ -474,11 +475,11 @@ class CrossAttention(nn.Module):
     def __init__(self, spec: Cross, widths: Widths) -> None:
         super().__init__()
         dim, self.num_heads = widths.dim, widths.num_heads
-        self.query = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim)
         self.norm_q = build_qk_norm(spec.qk_norm, dim, self.num_heads)
         self.read = Read(dim, self.num_heads, spec.qk_norm, in_dim=widths.context)
         self.image = Read(dim, self.num_heads, spec.qk_norm, in_dim=dim) if spec.image else None
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
 
     def keys_values(self, context: Float[Tensor, "B L C"], image: Float[Tensor, "B P D"] | None) -> Reads:
         """Return keys and values of the context, and of the picture where it is read."""

@@ -35,6 +35,7 @@ from reelflow.errors import ConfigError
 from reelflow.nn import conv
 from reelflow.nn.attention import attend, split_heads
 from reelflow.nn.conv import (
+    Before,
     CausalConv3d,
     CausalSequence,
     FoldOrder,
@@ -43,6 +44,7 @@ from reelflow.nn.conv import (
     State,
     TimePadding,
     refuse_state,
+    write,
 )
 from reelflow.nn.embed import Number, NumberEmbedding
 from reelflow.nn.norm import ChannelRMSNorm, Norm
@@ -711,6 +713,16 @@ def _build_norm(norm: ChannelNorm, channels: int, place: int = 0) -> nn.Module:
     return PositionNorm(channels, norm)
 
 
+def _activation(norm: nn.Module | None, state: State, given: Given) -> Before:
+    """Return a norm, if any, and SiLU."""
+
+    def act(x: Tensor) -> Tensor:
+        y = x if norm is None else _normed(norm, x, state, given)
+        return F.silu(y, inplace=y is not x and not y.requires_grad)
+
+    return Before(act, not (isinstance(norm, GivenNorm) or (isinstance(norm, GroupNorm) and norm.over != "frame")))
+
+
 def _normed(norm: nn.Module, x: Tensor, state: State, given: Given = Given()) -> Tensor:
     if isinstance(norm, GivenNorm | ShiftedNorm):
         return norm(x, state, given)
@@ -740,12 +752,16 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Video, state: State, given: Given = Given()) -> tuple[Output, State]:
         first, second = state or (state, state)
-        y, first = self.conv1(F.silu(_normed(self.norm1, x, state, given)), first)
+        y, first = self.conv1.padded(x, first, _activation(self.norm1, state, given))
+        y = self.conv1.conv(y)
         y = y if self.noise1 is None else self.noise1(y, state, given)
-        y, second = self.conv2(F.silu(_normed(self.norm2, y, state, given)), second)
+        y, second = self.conv2.padded(y, second, _activation(self.norm2, state, given))
+        y = self.conv2.conv(y)
         y = y if self.noise2 is None else self.noise2(y, state, given)
         y = y if self.share is None else torch.sigmoid(self.share) * y
-        return self.shortcut(self.norm3(x)) + y, None if state is None else (first, second)
+        x = self.shortcut(self.norm3(x))
+        y = x + y if y.requires_grad or x.requires_grad or x.dtype != y.dtype else y.add_(x)
+        return y, None if state is None else (first, second)
 
 
 class Noise(nn.Module):
@@ -770,7 +786,12 @@ class Pointwise(nn.Module):
         self.conditioned = isinstance(self.norm, GivenNorm | ShiftedNorm)
 
     def forward(self, x: Video, state: State, given: Given = Given()) -> tuple[Video, State]:
-        return F.silu(x if self.norm is None else _normed(self.norm, x, state, given)), state
+        act = _activation(self.norm, state, given)
+        if not act.by_frame or torch.is_grad_enabled():
+            return act.make(x), state
+        out = torch.empty_like(x)
+        write(out, x, act)
+        return out, state
 
 
 class AttentionBlock(nn.Module):

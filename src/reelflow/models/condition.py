@@ -104,19 +104,22 @@ class Condition:
         return Condition(vector=vector, numbers=numbers, label=label)
 
     def trimmed(self) -> "Condition":
-        """Drop the context tokens beyond the longest sample's; nothing attends to them, so no output changes."""
+        """Drop the context tokens beyond the longest sample's, and masks that hide nothing then; no output changes.
+
+        Nothing attends to such tokens, and attention without a mask has faster kernels.
+        """
         if self.context is None:
             return self
         (context, mask), *further = map(_trimmed, self.sources)
         return replace(self, context=context, context_mask=mask, further=tuple(further) or None)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Condition":
+        """Change every tensor."""
+        return replace(self, **{field.name: _each(change, getattr(self, field.name)) for field in fields(self)})
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Condition":
         """Move every part; floating ones also take `dtype`."""
-
-        def move(part: Tensor) -> Tensor:
-            return part.to(device, dtype if part.is_floating_point() else None)
-
-        return replace(self, **{field.name: _each(move, getattr(self, field.name)) for field in fields(self)})
+        return self.map(lambda part: part.to(device, dtype if part.is_floating_point() else None))
 
 
 def stack_conditions(conditions: Sequence[Condition]) -> Condition:
@@ -159,7 +162,8 @@ def _trimmed(source: Source) -> Source:
         return source
     used = source.mask.any(dim=0).nonzero()
     length = int(used.max()) + 1 if len(used) else 0
-    return Source(source.tokens[:, :length], source.mask[:, :length])
+    tokens, mask = source.tokens[:, :length], source.mask[:, :length]
+    return Source(tokens, None if length and bool(mask.all()) else mask)
 
 
 def _doors(part: Any) -> Any:

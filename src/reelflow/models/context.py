@@ -20,6 +20,7 @@ from reelflow.errors import ConfigError
 from reelflow.models.condition import Source
 from reelflow.nn.attention import attend, split_heads
 from reelflow.nn.embed import Number, NumberEmbedding, VectorEmbedding
+from reelflow.nn.linear import Linear
 from reelflow.nn.mlp import Mlp
 from reelflow.nn.modulation import gated
 
@@ -110,7 +111,7 @@ class ContextLayers(nn.Module):
         start = torch.zeros(config.positions, config.in_dim) if config.positions else None
         self.positions = None if start is None else nn.Parameter(start)
         self.norm_in = nn.LayerNorm(config.in_dim) if config.norms in (True, "in") else None
-        self.maps = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise((config.in_dim, *config.hidden, dim)))
+        self.maps = nn.ModuleList(Linear(a, b) for a, b in pairwise((config.in_dim, *config.hidden, dim)))
         self.norm_out = nn.LayerNorm(dim) if config.norms in (True, "out") else None
 
     def forward(
@@ -144,10 +145,10 @@ class RefinerBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         self.mlp = Mlp(dim, round(mlp_ratio * dim), activation="silu")
-        self.gates = nn.Linear(dim, 2 * dim)
+        self.gates = Linear(dim, 2 * dim)
 
     def forward(
         self, x: Float[Tensor, "B L C"], vector: Float[Tensor, "B 1 C"], mask: Bool[Tensor, "B 1 1 L"] | None
@@ -165,7 +166,7 @@ class Refiner(nn.Module):
         super().__init__()
         self.time = NumberEmbedding(time, dim)
         self.mean = VectorEmbedding(config.in_dim, dim)
-        self.embed = nn.Linear(config.in_dim, dim)
+        self.embed = Linear(config.in_dim, dim)
         self.blocks = nn.ModuleList(RefinerBlock(dim, num_heads, config.mlp_ratio) for _ in range(config.depth))
 
     def forward(
@@ -201,9 +202,9 @@ class Pool(nn.Module):
     def __init__(self, in_dim: int, num_heads: int, dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(in_dim, in_dim)
-        self.kv = nn.Linear(in_dim, 2 * in_dim)
-        self.out = nn.Linear(in_dim, dim)
+        self.query = Linear(in_dim, in_dim)
+        self.kv = Linear(in_dim, 2 * in_dim)
+        self.out = Linear(in_dim, dim)
 
     def forward(self, x: Float[Tensor, "B L F"], mask: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B D"]:
         mean = _mean(x, mask)[:, None]

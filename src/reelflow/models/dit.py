@@ -11,6 +11,7 @@
 What the output means (velocity, noise, data) is not the network's affair; it learns what the process asks of it.
 """
 
+import math
 from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from reelflow.config import configuration
 from reelflow.errors import ConfigError
@@ -48,6 +50,7 @@ from reelflow.nn.embed import (
     SinCos,
     VectorEmbedding,
 )
+from reelflow.nn.linear import Linear
 from reelflow.nn.mlp import Activation
 from reelflow.nn.modulation import Modulation, Table, modulate
 from reelflow.nn.norm import Norm, build_norm
@@ -198,6 +201,7 @@ class Prepared:
     pooled: Float[Tensor, "B V"] | None
     image: Float[Tensor, "B P D"] | None
     context: Source | None  # None where it depends on the time
+    weights: Float[Tensor, "1 1 1 L"] | None = None  # added to the scores of the context's tokens
     reads: Mapping[CrossAttention, Reads] = field(default_factory=dict)
 
 
@@ -211,7 +215,7 @@ class VideoDiT(nn.Module):
         channels = config.in_channels + (0 if config.extra_apart else config.extra_channels)
         width, context_width = config.vector_width or dim, config.context_width or dim
         self.stem = nn.Conv3d(channels, config.stem, 3, padding=1) if config.stem else None
-        self.embed = nn.Linear((channels + config.stem) * cells, dim)
+        self.embed = Linear((channels + config.stem) * cells, dim)
         self.extra = None if config.extra_apart is None else ApartEmbedding(config.extra_apart, config.patch, dim)
         self.tables = nn.ModuleList(LearnedPositions(a, dim) for a in config.absolute if isinstance(a, Learned))
         self.frequencies = None
@@ -238,7 +242,7 @@ class VideoDiT(nn.Module):
         self.last_norm = None if config.last_norm is None else build_norm(config.last_norm, dim)
         self.norm = build_norm(config.out_norm, dim)
         self.modulation: Table | Modulation = Table(dim, 2) if shared else Modulation(width, dim, 2)
-        self.out = nn.Linear(dim, (config.out_channels or config.in_channels) * cells)
+        self.out = Linear(dim, (config.out_channels or config.in_channels) * cells)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -285,7 +289,7 @@ class VideoDiT(nn.Module):
             vector=chunks,
             context_vector=chunks if single is vector else self._chunks(single),
             rope=ready.rope,
-            mask=_with_video(context.mask, grid),
+            mask=_with_video(context.mask, grid) if ready.weights is None else ready.weights,
             grid=grid,
             image=ready.image,
             reads=ready.reads,
@@ -303,8 +307,9 @@ class VideoDiT(nn.Module):
         """Return a condition with all that the network makes of it whatever the time, and the latents but for their shape.
 
         That is positions, pooled and embedded contexts and pictures, and, where no block changes the context, all keys
-        and values of cross-attention: 2 * tokens * dim numbers for each such branch are kept. Under FSDP2 register it, and
-        `reads` of the blocks, as forward methods.
+        and values of cross-attention: 2 * tokens * dim numbers for each such branch are kept. There, a context that ends in
+        many equal tokens (padding that is not hidden) is read as if it had one or two of them, which count as many. Under
+        FSDP2 register it, and `reads` of the blocks, as forward methods.
 
         Raises:
             ConfigError: as `forward`.
@@ -315,7 +320,18 @@ class VideoDiT(nn.Module):
         blocks = [block for block in self.blocks if isinstance(block, BranchesBlock)]
         if ready.context is None or len(blocks) < len(self.blocks):
             return ready
-        return replace(ready, reads=dict(ChainMap(*(b.reads(ready.context.tokens, ready.image) for b in blocks))))
+        tokens, weights = ready.context.tokens, None
+        if self._tells_no_places() and condition.context is not None and ready.context.mask is None:
+            kept, weights = _merged(condition.context, tokens.dtype)
+            tokens = tokens[:, :kept]
+        reads = dict(ChainMap(*(block.reads(tokens, ready.image) for block in blocks)))
+        return replace(ready, context=ready.context._replace(tokens=tokens), weights=weights, reads=reads)
+
+    def _tells_no_places(self) -> bool:
+        """Say whether equal features become equal tokens of the context, wherever they stand."""
+        config = self.config
+        placed = any(isinstance(absolute, Learned) and absolute.context for absolute in config.absolute)
+        return isinstance(config.context, Layers) and not config.context.positions and not placed
 
     def _prepared(
         self, condition: Condition, x: Float[Tensor, "B N D"], grid: Grid, token_rate: float | Tensor | None
@@ -547,3 +563,24 @@ def _with_video(mask: Bool[Tensor, "B L"] | None, grid: Grid) -> Bool[Tensor, "B
     if mask is None:
         return None
     return torch.cat([mask, mask.new_ones(mask.shape[0], grid.num_tokens)], dim=1)[:, None, None]
+
+
+def _merged(context: Float[Tensor, "B L F"], dtype: torch.dtype) -> tuple[int, Float[Tensor, "1 1 1 _"] | None]:
+    """Return how many tokens stand for all where the last ones are equal, and what is then added to their scores.
+
+    A token with ln n counts as n. What the type at hand cannot say of ln n, one or two tokens more say. Weights keep the
+    fastest kernels of attention away, so that all tokens are kept unless half of them can go.
+    """
+    length = context.shape[1]
+    if context.is_meta or isinstance(context, FakeTensor) or not length:  # nothing is known of the features
+        return length, None
+    differ = (context != context[:, -1:]).any(2).any(0).nonzero()
+    alone = int(differ.max()) + 1 if len(differ) else 0
+    rest, logs, eps = float(length - alone), [], torch.finfo(dtype).eps
+    while rest > eps * (length - alone):
+        log = math.log(rest)
+        logs.append(float(torch.tensor(log - eps * abs(log), dtype=dtype)))  # rounded, it is still below
+        rest -= math.exp(logs[-1])
+    if 2 * (alone + len(logs)) > length:
+        return length, None
+    return alone + len(logs), torch.tensor(alone * [0.0] + logs, dtype=dtype, device=context.device)[None, None, None]

@@ -19,7 +19,7 @@ from torch import Tensor
 from reelflow.errors import ConfigError
 from reelflow.models.condition import Condition, stack_conditions
 
-__all__ = ["Clip", "Packed", "ShapeNumber", "pack", "shape_numbers"]
+__all__ = ["Clip", "Packed", "ShapeNumber", "pack", "shape_numbers", "told_shape"]
 
 ShapeNumber = Literal["aspect", "frames"]  # width / height, latent frames: with a fixed rate, the duration
 
@@ -68,3 +68,11 @@ def shape_numbers(which: Sequence[ShapeNumber], latents: Float[Tensor, "B C T H 
     frames, height, width = latents.shape[2:]
     values = [{"aspect": width / height, "frames": float(frames)}[number] for number in which]
     return torch.tensor([values], dtype=latents.dtype, device=latents.device).expand(latents.shape[0], -1)
+
+
+def told_shape(condition: Condition, which: Sequence[ShapeNumber], latents: Float[Tensor, "B C T H W"]) -> Condition:
+    """Return a condition whose numbers begin with those of the shape of clips."""
+    if not which:
+        return condition
+    told, more = shape_numbers(which, latents), condition.numbers
+    return replace(condition, numbers=told if more is None else torch.cat([told, more], dim=1))

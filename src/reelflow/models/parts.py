@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reelflow.models.budget import Budgeted, Reach
-from reelflow.nn.conv import START, State
+from reelflow.nn.conv import START, State, owned
 
 __all__ = ["Span", "Way", "chunks", "collect", "frames", "ramp", "spans", "window"]
 
@@ -49,7 +49,9 @@ def chunks(way: Way, x: Video, cuts: Sequence[int]) -> Iterator[Output]:
             if state is None:
                 y = way.step(x, None)[0]
             elif way.streams:
-                y, state = way.step(x[:, :, first:last] if decodes else x[:, :, frames(first, last, way.time)], state)
+                part = slice(first, last) if decodes else frames(first, last, way.time)
+                state = owned(state)  # no name holds what is used up
+                y, state = way.step(x[:, :, part], state)
             else:
                 y = window(way, x, first, last)
         yield y

@@ -44,7 +44,7 @@ from reelflow.models.coder import (
 )
 from reelflow.models.parts import Way, chunks, collect, window
 from reelflow.models.weighing import peak_bytes
-from reelflow.nn.conv import START, CausalConv3d, CausalSequence, Given, State, TimePadding
+from reelflow.nn.conv import START, CausalConv3d, CausalSequence, Given, State, TimePadding, owned
 
 __all__ = ["CausalVAE", "EncoderState", "Pieces", "Posterior", "Stage", "VAEConfig", "staged"]
 
@@ -208,6 +208,10 @@ class Posterior(NamedTuple):
     def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "B C T H W"]:
         """Draw latents."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.at(noise)
+
+    def at(self, noise: Float[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
+        """Return the latents that standard noise stands for."""
         return torch.addcmul(self.mean, torch.exp(0.5 * self.logvar), noise)
 
     def kl(self) -> Float[Tensor, ""]:
@@ -379,6 +383,7 @@ class CausalVAE(nn.Module):
         if way.streams or way.window is None:
             state: State = START
             for latents in chunks:
+                state = owned(state)  # no name holds what is used up
                 frames, state = self.decode_chunk(latents, state)
                 yield frames
             return

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["Weighing", "peak_bytes", "scratch_bytes"]
@@ -33,6 +33,8 @@ class Weighing(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.replication_pad3d.default and args[0].is_contiguous(memory_format=LAST):
             results = results.contiguous(memory_format=LAST)  # as real ones are; without data they are said not to be
+        elif func is torch.ops.aten.view.default and 1 in results.shape:
+            results = _strided_as_real(args[0], results)
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         for leaf in tree_leaves(results):
             if isinstance(leaf, torch.Tensor):
@@ -54,6 +56,13 @@ class Weighing(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.alive -= size
+
+
+def _strided_as_real(x: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """Return a view with the strides that it has with data: of an axis of one they differ, and norms copy for that."""
+    with _disable_current_modes():
+        real = torch.empty_strided(x.shape, x.stride(), device="meta").view(view.shape).stride()
+    return view if real == view.stride() else view.as_strided(view.shape, real)
 
 
 def scratch_bytes(x: torch.Tensor, weight: torch.Tensor, result: torch.Tensor) -> int:

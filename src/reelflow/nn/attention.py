@@ -28,11 +28,12 @@ def attend(
     k: Float[Tensor, "B heads M d"],
     v: Float[Tensor, "B heads M d"],
     *,
-    mask: Bool[Tensor, "#B #heads #N M"] | None = None,
+    mask: Bool[Tensor, "#B #heads #N M"] | Float[Tensor, "#B #heads #N M"] | None = None,
 ) -> Float[Tensor, "B N heads*d"]:
     """Return softmax(q k / sqrt(d)) v with the heads side by side.
 
-    `mask` is True where a key may be seen; a query that may see none gets zero.
+    `mask` is True where a key may be seen; a query that may see none gets zero. One of numbers, in the type of q, is added to
+    the scores: a key with ln n counts as n keys.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= SHORT**2:
         return merge_heads(_attend_short(q, k, v, mask))
@@ -49,8 +50,10 @@ def attend_segments(
     On a GPU in half precision this is one kernel for all segments. Elsewhere it is one call for each, which computes the
     same pairs: no segment is padded, whatever the lengths.
     """
-    if q[0].is_cuda and q[0].dtype in (torch.bfloat16, torch.float16):
-        return _attend_varlen(q, k, v)
+    if q[0].is_cuda:  # under autocast rotated queries and keys are float32, which attention would narrow too
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q[0].dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            return _attend_varlen(*([part.to(dtype) for part in parts] for parts in (q, k, v)))
     return [
         attend(*each) if each[1].shape[2] else merge_heads(each[0] @ each[1].mT @ each[2])  # zero, with zero gradients
         for each in zip(q, k, v, strict=True)
@@ -82,6 +85,9 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if mask is None:
         return torch.bmm(torch.bmm(q * scale, k.mT).softmax(-1), v).unflatten(0, heads)
+    if mask.is_floating_point():
+        scores = torch.baddbmm(mask.expand(*heads, q.shape[1], -1).flatten(0, 1), q, k.mT, alpha=scale)
+        return torch.bmm(scores.softmax(-1), v).unflatten(0, heads)
     sighted = mask.any(-1, keepdim=True)  # a row of -inf alone would make NaN, here and in the gradient
     hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask & sighted, float("-inf"))
     scores = torch.baddbmm(hidden.expand(*heads, -1, -1).flatten(0, 1), q, k.mT, alpha=scale)

@@ -5,13 +5,14 @@ Every operation here maps `(x, state)` to `(y, state)`. The state is a value, ne
     None     the whole clip at once: nothing is kept (training, parallel in time)
     START    a stream begins: frame 0 is at hand, nothing came before
     (...)    what the operation remembers of the frames it has seen
+    [...]    the same, which is used up: frames are free when they have been read (`owned`)
 
 Any cutting of a clip into chunks gives the frames of the whole clip, because an operation knows only "is this frame
 0" and "what came just before", never the index of a chunk. Two streams are two states. What divides time by f takes
 1 + f k frames at first and f k later.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -21,10 +22,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reelflow.errors import ConfigError
+from reelflow.nn import quick_conv
 
 __all__ = [
     "SEEN",
     "START",
+    "Before",
     "Causal",
     "CausalConv3d",
     "CausalSequence",
@@ -41,12 +44,15 @@ __all__ = [
     "TimePadding",
     "TimeUp",
     "Unfold",
+    "owned",
     "refuse_state",
+    "write",
 ]
 
 Video = Float[Tensor, "B C T H W"]
 Output = Float[Tensor, "B D T2 H2 W2"]
-State = tuple[Any, ...] | None
+Padded = Float[Tensor, "B C T2 H2 W2"]
+State = tuple[Any, ...] | list[Any] | None
 START: tuple[Any, ...] = ()
 SEEN: tuple[Any, ...] = (None,)
 """The state of an operation that remembers only that frame 0 is past."""
@@ -56,6 +62,7 @@ TimePadding = Literal["zeros", "first", "zeros_around", "ends"]
 sides or the first and the last frame."""
 SpacePadding = Literal["zeros", "replicate", "after"]
 """Zeros or the border on all four sides; or one row and one column of zeros, below and to the right."""
+VALUES = 2**18  # that are normed at once: what a core keeps close
 FoldOrder = Literal["channel", "cell"]
 """Which index runs slowest among folded channels: the old channel, or the place in the cell (t, then h, then w)."""
 
@@ -75,21 +82,45 @@ class Causal(Protocol):
     def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State]: ...
 
 
+class Before(NamedTuple):
+    """What is made of frames before they are convolved; of any by themselves, or of all at once."""
+
+    make: Callable[[Tensor], Tensor]
+    by_frame: bool
+
+
+def write(out: Video, x: Video, before: Before | None) -> None:
+    """Write x, or what is made of it; some frames at a time, so that no more than these are there twice."""
+    step = max(1, VALUES * x.shape[2] // max(1, x.numel())) if before is not None and before.by_frame else x.shape[2]
+    for start in range(0, x.shape[2], max(1, step)):
+        frames = x[:, :, start : start + step]
+        out[:, :, start : start + step] = frames if before is None else before.make(frames)
+
+
 def refuse_state(state: State, reason: str) -> None:
     """Raise a ConfigError if a stream is asked of an operation that needs the whole clip."""
     if state is not None:
         raise ConfigError(f"{reason}, so no stream of chunks gives its result; pass the whole clip at once")
 
 
+def owned(state: State) -> State:
+    """Return a state that whoever continues the stream may use up, so that old and new never lie side by side."""
+    return [owned(part) if isinstance(part, tuple | list) else part for part in state] if state else state
+
+
 class Conv3d(nn.Conv3d):
-    """`nn.Conv3d`; where its kernel is one frame long, over the frames as pictures, which CPUs do faster."""
+    """`nn.Conv3d`; of kernels one frame long, or three without gradients, over the frames as pictures: CPUs are faster."""
 
     def forward(self, input: Video) -> Output:
-        if self.kernel_size[0] > 1 or self.stride[0] > 1:
+        (time, height, width), (step_in_time, *steps) = self.kernel_size, self.stride
+        assert isinstance(self.padding, tuple)
+        step, pad = (steps[0], steps[1]), (self.padding[1], self.padding[2])
+        quick = time == 3 and step_in_time == 1 and height * width > 1 and input.shape[2] > 2
+        if quick and not self.padding[0] and quick_conv.can(input, self.weight):
+            return quick_conv.causal(input, self.weight, self.bias, step, pad)
+        if time > 1 or step_in_time > 1:
             return super().forward(input)
         frames = input.movedim(2, 1)
-        step, pad = self.stride[1:], self.padding[1:]
-        assert isinstance(pad, tuple)
         out = F.conv2d(frames.flatten(0, 1), self.weight[:, :, 0], self.bias, step, pad)
         return out.unflatten(0, frames.shape[:2]).movedim(1, 2)
 
@@ -131,14 +162,57 @@ class CausalConv3d(nn.Module):
         self.conv = Conv3d(in_channels, out_channels, kernels, stride=steps, padding=(0, own, own), bias=bias)
 
     def forward(self, x: Video, state: State) -> tuple[Output, State]:
-        if self.time_padding in ("zeros_around", "ends"):
+        x, state = self.padded(x, state)
+        return self.conv(x), state
+
+    def padded(self, x: Video, state: State, before: Before | None = None) -> tuple[Padded, State]:
+        """Return what is convolved: x, or what is made of it before, and the frames and borders around."""
+        ahead = self.time_padding in ("zeros_around", "ends")
+        if ahead:
             refuse_state(state if self.past else None, "a convolution looks at later frames")
-            return self.conv(self._pad_space(self._pad_around(x))), state
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad)
+        if not learns and (before or self.past or any(self.beyond)):
+            return self._written(x, state, before)
+        x = x if before is None else before.make(x)
+        if ahead:
+            return self._pad_space(self._pad_around(x)), state
         if state and self.kept:
-            x = torch.cat([_checked(state, x, self.kept), x], dim=2)
+            x = torch.cat([_taken(state, x, self.kept), x], dim=2)
         past = 0 if state else self.past
         after = None if state is None else (self._last(x),) if self.kept else SEEN if self.past else state
-        return self.conv(self._pad_past(x, past)), after
+        return self._pad_past(x, past), after
+
+    def _written(self, x: Tensor, state: State, before: Before | None) -> tuple[Tensor, State]:
+        """Write it once, into its place."""
+        ahead = self.past // 2 if self.time_padding in ("zeros_around", "ends") else 0
+        past = self.kept if state else self.past - ahead
+        (B, C, T, H, W), (left, right, above, below) = x.shape, self.beyond
+        out = x.new_empty((B, past + T + ahead, above + H + below, left + W + right, C)).movedim(-1, 1)
+        inner = out[..., above : above + H, left : left + W]
+        write(inner[:, :, past : past + T], x, before)
+        if state and past:
+            inner[:, :, :past] = _taken(state, x, past)
+        elif self.time_padding in ("first", "ends"):
+            inner[:, :, :past] = inner[:, :, past : past + 1]
+            inner[:, :, past + T :] = inner[:, :, past + T - 1 : past + T]
+        else:
+            inner[:, :, :past] = 0
+            inner[:, :, past + T :] = 0
+        after: State = SEEN if self.past else state
+        if state is None:
+            after = None
+        elif self.kept:
+            after = (inner[:, :, past + T - self.kept :].clone(),)
+        rims = (  # columns first: the rows' ends are theirs
+            (out[..., :left], out[..., left : left + 1]),
+            (out[..., left + W :], out[..., left + W - 1 : left + W]),
+            (out[..., :above, :], out[..., above : above + 1, :]),
+            (out[..., above + H :, :], out[..., above + H - 1 : above + H, :]),
+        )
+        for rim, edge in rims:
+            if rim.numel():
+                rim[:] = edge if self.mode == "replicate" else 0
+        return out, after
 
     # Padding takes one pass where it can, and keeps channels last: a tensor that is expanded would not.
 
@@ -172,9 +246,9 @@ def _with_first(x: Tensor, times: int) -> Tensor:
     return torch.cat([*times * [x[:, :, :1]], x], dim=2)
 
 
-def _checked(state: tuple[Any, ...], x: Tensor, frames: int) -> Tensor:
+def _taken(state: tuple[Any, ...] | list[Any], x: Tensor, frames: int) -> Tensor:
     """Return the frames a state holds, if they are those before `x`."""
-    before = state[0]
+    before = state.pop() if isinstance(state, list) else state[0]
     expected = (*x.shape[:2], frames, *x.shape[3:])
     if not isinstance(before, Tensor) or before.shape != expected or before.dtype != x.dtype:
         found = f"{tuple(before.shape)} {before.dtype}" if isinstance(before, Tensor) else type(before).__name__
@@ -201,10 +275,16 @@ class CausalSequence(nn.ModuleList):
     def forward(self, x: Video, state: State, given: Given = Given()) -> tuple[Output, State]:
         if state and len(state) != len(self):
             raise ConfigError(f"the state has {len(state)} parts and the network {len(self)}; it is of another model")
-        after = []
-        for layer, before in zip(self, state or len(self) * (state,), strict=True):
-            conditioned = getattr(layer, "conditioned", False)
-            x, new = layer(x, before, given) if conditioned else layer(x, before)
+        after: list[State] = []
+        layers, repeated = list(self), None
+        for layer, then, before in zip(layers, [*layers, None][1:], state or len(self) * (state,), strict=True):
+            conditioned, new = getattr(layer, "conditioned", False), before
+            if repeated is not None and isinstance(layer, CausalConv3d):
+                x, repeated = repeated[0].convolved(x, layer, repeated[1]), None
+            elif isinstance(layer, Nearest) and isinstance(then, CausalConv3d) and layer.goes_into(then, x, before):
+                repeated, new = (layer, before), None if before is None else SEEN
+            else:
+                x, new = layer(x, before, given) if conditioned else layer(x, before)
             after.append(new)
         return x, None if state is None else tuple(after)
 
@@ -224,7 +304,7 @@ class TimeDown(nn.Module):
     def forward(self, x: Video, state: State) -> tuple[Output, State]:
         after = None if state is None else (x[:, :, -1:].clone(),)
         if state:
-            return self.conv(torch.cat([_checked(state, x, 1), x], dim=2)), after
+            return self.conv(torch.cat([_taken(state, x, 1), x], dim=2)), after
         first = x[:, :, :1]
         return (torch.cat([first, self.conv(x)], dim=2) if x.shape[2] > 1 else first), after
 
@@ -241,7 +321,7 @@ class TimeUp(nn.Module):
 
     def forward(self, x: Video, state: State) -> tuple[Output, State]:
         if state:
-            first, rest = x[:, :, :0], torch.cat([_checked(state, x, 2), x], dim=2)
+            first, rest = x[:, :, :0], torch.cat([_taken(state, x, 2), x], dim=2)
         else:
             first, rest = x[:, :, :1], F.pad(x[:, :, 1:], (0, 0, 0, 0, 2, 0))
         after = None if state is None else (rest[:, :, -2:].clone(),)
@@ -262,16 +342,31 @@ class Nearest(nn.Module):
         self.space, self.time, self.first = space, time, first
 
     def forward(self, x: Video, state: State) -> tuple[Output, State]:
-        if self.time > 1:
-            alone = 0 if state or (self.first == "odd" and x.shape[2] % 2 == 0) else 1
-            parts = [self._repeat(x[:, :, :alone], 1)] if alone else []
-            x = torch.cat([*parts, self._repeat(x[:, :, alone:], self.time)], dim=2)
-        else:
-            x = self._repeat(x, 1)
+        x = _repeated(x, 1, self.space) if self.time == 1 else self._in_time(x, state, self.space)
         return x, None if state is None else SEEN
 
-    def _repeat(self, x: Tensor, time: int) -> Tensor:
-        return repeat(x, "B C T H W -> B (T t) (H h) (W w) C", t=time, h=self.space, w=self.space).movedim(-1, 1)
+    def goes_into(self, conv: CausalConv3d, x: Tensor, state: State) -> bool:
+        """Say whether `convolved` may do both."""
+        time, space = conv.conv.kernel_size[:2]
+        alone = time == 1 or (time == 3 and state is None and self.time == 2 and self.first == "alone")
+        same = conv.conv.stride == (1, 1, 1) and conv.past == time - 1 and (time == 1 or conv.time_padding == "first")
+        around = not any(conv.beyond) or conv.mode == "replicate"
+        return self.space == 2 and space == 3 and alone and same and around and quick_conv.can(x, conv.conv.weight)
+
+    def convolved(self, x: Video, conv: CausalConv3d, state: State) -> Output:
+        """Return what a convolution makes of the repeated positions, without repeating them; the state is its own."""
+        x = quick_conv.doubled(x, conv.conv.weight, conv.conv.bias, conv.mode)
+        return x if conv.past or self.time == 1 else self._in_time(x, state, 1)
+
+    def _in_time(self, x: Tensor, state: State, space: int) -> Tensor:
+        alone = 0 if state or (self.first == "odd" and x.shape[2] % 2 == 0) else 1
+        if not alone:
+            return _repeated(x, self.time, space)
+        return torch.cat([_repeated(x[:, :, :1], 1, space), _repeated(x[:, :, 1:], self.time, space)], dim=2)
+
+
+def _repeated(x: Tensor, time: int, space: int) -> Tensor:
+    return repeat(x, "B C T H W -> B (T t) (H h) (W w) C", t=time, h=space, w=space).movedim(-1, 1)
 
 
 class Lead(nn.Module):

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from reelflow.nn.linear import Linear
+
 __all__ = ["Activation", "Mlp", "activate", "inner_width"]
 
 Activation = Literal["gelu_tanh", "silu", "relu2", "geglu", "swiglu"]
@@ -55,8 +57,8 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, *, activation: Activation, bias: bool = True) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.up = nn.Linear(dim, inner_width(activation, hidden), bias=bias)
-        self.down = nn.Linear(hidden, dim, bias=bias)
+        self.up = Linear(dim, inner_width(activation, hidden), bias=bias)
+        self.down = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return self.down(activate(self.up(x), self.activation))

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reelflow.nn.linear import Linear
+
 __all__ = ["Modulation", "Rows", "Table", "gated", "modulate", "spread"]
 
 Rows = Int[Tensor, " _"]  # of a vector with one row per group: which one a token goes by
@@ -24,7 +26,7 @@ class Modulation(nn.Module):
     def __init__(self, vector_dim: int, dim: int, num_chunks: int) -> None:
         super().__init__()
         self.num_chunks = num_chunks
-        self.linear = nn.Linear(vector_dim, num_chunks * dim)
+        self.linear = Linear(vector_dim, num_chunks * dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

@@ -64,7 +64,9 @@ def _rotated(x: Float[Tensor, "B heads N d"], rope: Tensor | None) -> Float[Tens
     if rope is None:
         return x
     if length := x.shape[2] - rope.shape[-3]:  # turned by nothing, which costs less than to be parted and joined again
-        still = rope.new_tensor([1.0, 0.0]).expand(*rope.shape[:-3], length, *rope.shape[-2:])
+        still = torch.arange(1, -1, -1, dtype=rope.dtype, device=rope.device).expand(
+            *rope.shape[:-3], length, *rope.shape[-2:]
+        )
         rope = torch.cat([still, rope], dim=-3)
     return apply_rope(x, rope)
 
