@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
-from torch.utils.checkpoint import checkpoint
 
 from models.test_packing import BASE, CONFIGS, Shape, clips_of, network
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Single
 from reelflow.models.condition import stack_conditions
 from reelflow.models.context import Layers
+from reelflow.models.dit import DiTConfig
 from reelflow.models.packing import Clip, pack
-from reelflow.nn.patterns import Gated, Window
+from reelflow.nn.patterns import Full, Gated, Space, Window
+from reelflow.parallel.recompute import Recompute, recompute_blocks
 from reelflow.parallel.sequence import head_parts, shard_sequence, token_counts
 
 FIVE = replace(  # heads that few numbers of processes divide
@@ -140,21 +141,22 @@ def test_loss_and_gradients_equal_one_process(name, ranks):
     assert {case: e for case, e in errors.items() if not e < 1e-9} == {}
 
 
-def recomputed() -> float:
+def recomputed(recompute: Recompute, parts: int) -> float:
     """Compare with blocks that are computed again in the backward, exchanges and all."""
     model = network(PLAIN)
-    forwards = [block.forward for block in model.blocks]
-    for block, forward in zip(model.blocks, forwards, strict=True):
-        block.forward = lambda s, forward=forward: checkpoint(forward, s, use_reentrant=False)
+    recompute_blocks(model.blocks, recompute)
     try:
-        return compare(model, clips_of(PLAIN, [Shape((3, 1, 3), 1, 0, 0)]), row=False)
+        return compare(model, clips_of(PLAIN, [Shape((3, 1, 3), 1, 0, 0)]), row=False, parts=parts)
     finally:
         for block in model.blocks:
             del block.forward
 
 
-def test_recomputed_blocks_give_the_same():
-    assert run(2, recomputed)[0] < 1e-9
+@pytest.mark.parametrize("recompute", ["blocks", "attention-kept"])
+def test_recomputed_blocks_give_the_same(recompute):
+    """Tokens exchanged for heads, and keys passed round."""
+    for parts in (2, 1):
+        assert run(2, recomputed, recompute, parts)[0] < 1e-9
 
 
 def tokens_met(row: bool) -> list[int]:
@@ -175,31 +177,38 @@ def test_no_token_is_dropped_or_padded():
     assert run(3, tokens_met, True) == [[3, 3], [2, 2], [2, 2]]
 
 
-def numbers_sent(parts: int, grid: tuple[int, int, int]) -> list[int]:
-    """Return how many numbers each exchange of a prediction and its gradient sends to other processes."""
-    sent, real = [], dist.all_to_all_single
+def numbers_sent(config: DiTConfig, parts: int, grid: tuple[int, int, int]) -> int:
+    """Return how many numbers a prediction and its gradient send to other processes."""
+    sent, to_all, to_one = [], dist.all_to_all_single, dist.batch_isend_irecv
 
-    def counted(got, given, back, out, group):
+    def all_counted(got, given, back, out, group):
         sent.append(sum(out) - out[dist.get_rank()])
-        real(got, given, back, out, group=group)
+        to_all(got, given, back, out, group=group)
 
-    model, (clip,) = network(PLAIN), clips_of(PLAIN, [Shape(grid, 0, 0, 0)])
-    shared, dist.all_to_all_single = shard_sequence(model, dist.group.WORLD, parts=parts), counted
+    def one_counted(operations):
+        sent.extend(each.tensor.numel() for each in operations if each.op is dist.isend)
+        return to_one(operations)
+
+    model, (clip,) = network(config), clips_of(config, [Shape(grid, 0, 0, 0)])
+    shared = shard_sequence(model, dist.group.WORLD, parts=parts)
+    dist.all_to_all_single, dist.batch_isend_irecv = all_counted, one_counted
     try:
         model(clip.latents, clip.t, clip.condition).sum().backward()
     finally:
-        dist.all_to_all_single = real
+        dist.all_to_all_single, dist.batch_isend_irecv = to_all, to_one
         shared.remove()
         model.zero_grad()
-    return sent
+    return sum(sent)
 
 
-@pytest.mark.parametrize("parts", [4, 2, 1])
-def test_an_attention_sends_what_the_formula_says(parts):
+@pytest.mark.parametrize(("parts", "pattern"), [(4, Full()), (2, Full()), (1, Full()), (2, Space())])
+def test_an_attention_sends_what_the_formula_says(parts, pattern):
     n, d, s, p, readout = 12, PLAIN.dim, 4, parts, 2 * 2 * PLAIN.in_channels
-    attention = (4 * n * d * (p - 1) + 2 * n * d * (s - p)) // (s * p)
-    forward = 2 * attention + n * readout * (s - 1) // s
-    assert [sum(sent) for sent in run(s, numbers_sent, parts, (3, 2, 2))] == s * [2 * forward]
+    heads, run_of_queries = 4 * n * d * (p - 1) // (s * p), n * d * (s - p) // (s * p)
+    attention = 2 * heads + (2 + 4 if pattern == Full() else 3 + 3) * run_of_queries
+    config = replace(PLAIN, layers=2 * (Branches((Attend(pattern), FeedForward(2.0))),))
+    expected = 2 * attention + 2 * n * readout * (s - 1) // s
+    assert run(s, numbers_sent, config, parts, (3, 2, 2)) == s * [expected]
 
 
 def refusals() -> list[str]:

@@ -1,10 +1,13 @@
 """Heads dealt to ranks: loss, gradients and whole weights are those of one process, in float64."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import processes
 import pytest
-from test_shard import JOINT, SHARED, Case, compare_all
+import torch
+from test_shard import JOINT, SHARED, Case, build, compare_all, reference, step
+from torch.distributed.tensor import DTensor, Shard
 
 from reelflow.errors import ConfigError
 from reelflow.models.blocks import Attend, Branches, Dual, FeedForward, Single
@@ -12,9 +15,10 @@ from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.nn.attention import QKNorm
 from reelflow.nn.norm import Norm
 from reelflow.nn.patterns import Gated, Space
-from reelflow.parallel.mesh import MeshConfig
+from reelflow.parallel.mesh import MeshConfig, start
+from reelflow.parallel.sequence import shard_sequence
 from reelflow.parallel.shard import ParallelConfig
-from reelflow.parallel.tensor import check_tensor, cut_of
+from reelflow.parallel.tensor import check_tensor, cut_of, deal_heads
 
 MIXED = replace(  # gated MLPs, layer norms of heads and of the width, a context that is only read, no norm at all
     JOINT,
@@ -31,6 +35,9 @@ MIXED = replace(  # gated MLPs, layer norms of heads and of the width, a context
 )
 
 
+PAIR = replace(JOINT, layers=(Dual(mlp_ratio=2.0), Single(mlp_ratio=2.0)))
+
+
 def over(**extents: int) -> ParallelConfig:
     return ParallelConfig(MeshConfig(**extents))
 
@@ -39,6 +46,38 @@ def test_dealt_heads_change_no_loss_and_no_gradient():
     processes.run(2, compare_all, [Case(SHARED, over(tensor=2), (2,), packed=True, steps=2)])
     processes.run(3, compare_all, [Case(MIXED, over(tensor=3), (2,), packed=True)])
     processes.run(4, compare_all, [Case(SHARED, over(shard=2, tensor=2), (2, 1))])
+    processes.run(4, compare_all, [Case(PAIR, over(sequence=2, tensor=2), (2,), packed=True)])
+
+
+def dealt_twice(config: DiTConfig, *, packed: bool) -> None:
+    """Compare one process with two runs of tokens of two deals of heads each."""
+    case = Case(config, ParallelConfig(), (2,), packed)
+    loss, right = reference(case)
+    workers, model = start(MeshConfig(sequence=2, tensor=2), "cpu"), build(config)
+    assert workers.mesh is not None
+    deal_heads(model, workers.mesh["tensor"])
+    shard_sequence(model, workers.mesh.get_group("sequence"))
+    torch.testing.assert_close(step(model, case, workers), loss, rtol=1e-9, atol=1e-9)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            assert not right[name].any(), name
+            continue
+        local = workers.sum(parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad)
+        found, cut = local, cut_of(model, name, 2)
+        if cut is not None:
+            whole = DTensor.from_local(local, workers.mesh["tensor"], [Shard(cut.dim)]).full_tensor()
+            found = torch.empty_like(whole).index_copy_(cut.dim, cut.order, whole)
+        torch.testing.assert_close(found, right[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def dealt_twice_all(cases: Sequence[tuple[DiTConfig, bool]]) -> None:
+    for config, packed in cases:
+        dealt_twice(config, packed=packed)
+
+
+def test_heads_and_tokens_dealt_on_one_mesh_change_no_loss_and_no_gradient():
+    """Of 6 heads each deal has 3, exchanged for tokens; of 2 heads it has 1, so keys pass round."""
+    processes.run(4, dealt_twice_all, [(MIXED, False), (SHARED, True), (PAIR, True)])
 
 
 def test_each_part_of_a_fused_matrix_is_dealt():

@@ -9,27 +9,31 @@ The exchange of tokens for heads is that of Jacobs et al. 2023 (DeepSpeed-Ulysse
 every process, whose heads of their queries, keys and values it uses. Runs need not be equal, nor parts of the heads:
 nothing is padded, and no token is dropped.
 
-**Fewer heads than processes.** Then the heads are cut into P parts, where P divides S, and S / P processes share a part:
-each asks with its own run of S / P of the queries, and has the keys and values of all tokens. No softmax is ever in parts,
-so nothing is merged. Under any pattern but `Full` a run may cut what attends together; there each of the S / P processes
-answers all queries of its heads (work repeated, for the sake of one exact way; local patterns are cheap).
+**Fewer heads than processes.** Then the heads are cut into P parts, where P divides S. P processes, neighbours,
+exchange tokens for heads, so that each has a part of the heads of P / S of the tokens; and the S / P processes of one
+part are a ring, round which keys and values pass (`parallel.ring`; Fang and Zhao 2024, USP). No process ever has more
+than 1 / S of all keys and values of its own, and two such blocks of others. Clips of a row cost a process the pairs
+that its own queries make: those of a long clip more than those of short ones, and the ring waits for the last. What a
+ring's processes make of the context, each for itself, differs by rounding: they meet the blocks in different orders.
+Under any pattern but `Full` a run may cut what attends together. There every process of a part gathers the keys and
+values of all tokens and answers all queries of its heads: S / P times the memory, and the work, but local patterns
+are cheap.
 
 **Bytes.** With N tokens of width D, e bytes a number and B clips, one attention sends from each process, forward,
 
     heads alone (P = S)      4 B N D e (S - 1) / S^2           q, k, v out and the result back
     P parts of the heads     4 B N D e (P - 1) / (S P)  +  2 B N D e (S - P) / (S P)         3, not 2, unless `Full`
-    a ring of keys, for comparison                             2 B N D e (S - 1) / S
 
-and backward as much again (a ring twice as much: keys and values travel, and so do their gradients). Of the ring the heads
-alone cost 2 / S. The P parts send what a hybrid of both would; a ring would hold S / P times fewer keys at a time.
+and backward as much again, the ring twice as much: keys and values travel, and so do their gradients, in float32 at
+least. The ring alone (P = 1) sends S / 2 times what the heads alone do, but while it computes.
 To this the L context tokens add B L D e (P - 1) / P per process, for what comes of their queries. Once per step
 the joined prediction adds B N O e (S - 1) / S, with the O numbers that are read out of a token.
 
-**Gradients.** Every exchange is linear and its backward is its adjoint. So the gradients of the parameters on the
-processes *sum* to the gradient of the *sum* of the losses that the processes compute, whatever these are. When each takes
-the loss of the joined prediction, that is S times the gradient of one process: divide the losses, or the sum, by S
-(`parallel.shard.loss_share` does).
-The same holds for gradients of inputs.
+**Gradients.** Every exchange is linear and its backward is its adjoint; a ring brings each block's gradients home. So
+the gradients of the parameters on the processes *sum* to the gradient of the *sum* of the losses that the processes
+compute, whatever these are. When each takes the loss of the joined prediction, that is S times the gradient of one
+process: divide the losses, or the sum, by S (`parallel.shard.loss_share` does). The same holds for gradients of
+inputs.
 """
 
 from collections.abc import Sequence
@@ -45,12 +49,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reelflow.errors import ConfigError
-from reelflow.models.blocks import Streams
+from reelflow.models.blocks import Projection, Streams
 from reelflow.models.dit import VideoDiT
-from reelflow.nn.attention import attend, attend_segments
 from reelflow.nn.modulation import Rows
 from reelflow.nn.patchify import Grid
-from reelflow.nn.patterns import Full, Gated, Pattern, Segments, Share, attend_pattern, tokens_within
+from reelflow.nn.patterns import Full, Gated, Pattern, Segments, Share, attend_pattern
+from reelflow.parallel.ring import Ring, attend_ring
 
 __all__ = ["head_parts", "shard_sequence", "token_counts"]
 
@@ -69,7 +73,8 @@ def shard_sequence(model: VideoDiT, group: dist.ProcessGroup, *, parts: int | No
         ConfigError: `parts` does not divide the group, or exceeds the heads; and, when the model is called, a clip or row
             has fewer tokens than the group has processes.
     """
-    head_parts(model.config.num_heads, group.size(), parts)
+    attentions = (module.num_heads for module in model.blocks.modules() if isinstance(module, Projection))
+    head_parts(min(attentions, default=model.config.num_heads), group.size(), parts)  # fewer, where heads are dealt too
 
     def enter(module: nn.Module, given: tuple[Streams], streams: Streams) -> Streams:
         return _share(streams, group, parts)
@@ -153,7 +158,7 @@ def _told(vector: Tensor, rows: Rows | None, whole: Grid | Segments, here: slice
 
 @dataclass(frozen=True)
 class _Ranks:
-    """Who has which tokens, and who attends for whom: of R = S / P runs of queries, rank r = run * P + part has one."""
+    """Who has which tokens, and which heads of which: rank r = run * P + part, of S / P runs of P processes each."""
 
     group: dist.ProcessGroup
     whole: Grid | Segments
@@ -172,50 +177,48 @@ class _Ranks:
         rank, size = self.group.rank(), len(self.counts)
         parts = head_parts(q.shape[1], size, self.parts)
         tokens, heads = _slices(self.counts), _slices(_even(q.shape[1], parts))
-        mine, n = heads[rank % parts], self.counts[rank]
-        run = range(rank - rank % parts, rank - rank % parts + parts)  # ranks whose tokens ask together
+        part, n = rank % parts, self.counts[rank]
+        mine, run = heads[part], range(rank - part, rank - part + parts)  # ranks that together have all heads
         aside, length = q.shape[2] - n, k.shape[2] - n  # context queries, context keys
-        cut = isinstance(pattern, Full) and parts < size  # queries of the run alone, which see the same keys
+        ring = parts < size and isinstance(pattern, Full)
+        peers = run if ring else range(size)
 
-        # Keys and values go to all who have the heads, queries to those of them who answer.
-        def answers(there: int, asking: int) -> bool:
-            return not cut or there // parts == asking // parts
-
-        sent: list[list[Tensor]] = []
-        shapes: list[list[Shape]] = []
-        for other in range(size):
+        # Tokens go to those who have the heads: of this run, or of all.
+        sent: list[list[Tensor]] = [[] for _ in range(size)]
+        shapes: list[list[Shape]] = [[] for _ in range(size)]
+        for other in peers:
             own = heads[other % parts]
-            pair = [k[:, own, length:], v[:, own, length:]]
-            sent.append([q[:, own, aside:], *pair] if answers(other, rank) else pair)
-            shape = (q.shape[0], mine.stop - mine.start, self.counts[other], q.shape[3])
-            shapes.append([shape] * (3 if answers(rank, other) else 2))
+            sent[other] = [q[:, own, aside:], k[:, own, length:], v[:, own, length:]]
+            shape: Shape = (q.shape[0], mine.stop - mine.start, self.counts[other], q.shape[3])
+            shapes[other] = 3 * [shape]
         got = _exchange(sent, shapes, self.group)
-        queries = torch.cat([q[:, mine, :aside], *(each[0] for each in got if len(each) == 3)], dim=2)
-        keys = torch.cat([k[:, mine, :length], *(each[-2] for each in got)], dim=2)
-        values = torch.cat([v[:, mine, :length], *(each[-1] for each in got)], dim=2)
-        if mask is not None:
-            mask = torch.cat([mask[..., :length], mask.new_ones(*mask.shape[:3], self.whole.num_tokens)], dim=-1)
-        if isinstance(pattern, Gated) and alpha is not None:
-            alpha = self._gates(pattern, alpha, mine)
+        queries, keys, values = (torch.cat(each, dim=2) for each in zip(*(got[other] for other in peers), strict=True))
+        queries = torch.cat([q[:, mine, :aside], queries], dim=2)
+        context = k[:, mine, :length], v[:, mine, :length]
 
-        asked = slice(tokens[run[0]].start, tokens[run[-1]].stop)
-        if cut and isinstance(self.whole, Segments):
-            found = _attend_run(queries, keys, values, self.whole, asked)
-        elif cut:
-            found = attend(queries, keys, values, mask=mask)
+        if ring:
+            hidden = None if mask is None else mask[..., :length]
+            runs = [slice(tokens[a].start, tokens[a + parts - 1].stop) for a in range(0, size, parts)]
+            others = Ring(self.group, tuple(range(part, size, parts)))
+            found = attend_ring(queries, keys, values, context, hidden, self.whole, runs, others)
         else:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(context, (keys, values), strict=True))
+            if mask is not None:
+                mask = torch.cat([mask[..., :length], mask.new_ones(*mask.shape[:3], self.whole.num_tokens)], dim=-1)
+            if isinstance(pattern, Gated) and alpha is not None:
+                alpha = self._gates(pattern, alpha, mine)
             found = attend_pattern(pattern, queries, keys, values, self.whole, mask=mask, alpha=alpha)
-        first = aside - asked.start if cut else aside  # where token 0 is, or would be
+        first = aside - (tokens[run[0]].start if ring else 0)  # where token 0 is, or would be
 
         # What was found goes back to those who asked: all heads of a token meet again.
         sent, shapes = [[] for _ in range(size)], [[] for _ in range(size)]
-        width = [(own.stop - own.start) * q.shape[3] for own in heads]
         for other in run:
             theirs = slice(first + tokens[other].start, first + tokens[other].stop)
+            own = heads[other % parts]
             sent[other] = [torch.cat([found[:, :aside], found[:, theirs]], dim=1)]
-            shapes[other] = [(q.shape[0], q.shape[2], width[other % parts])]
+            shapes[other] = [(q.shape[0], q.shape[2], (own.stop - own.start) * q.shape[3])]
         got = _exchange(sent, shapes, self.group)
-        return torch.cat([part for each in got for part in each], dim=-1)
+        return torch.cat([got[other][0] for other in run], dim=-1)
 
     def join(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B N D"]:
         """Return the rows of all tokens, on every process."""
@@ -227,30 +230,6 @@ class _Ranks:
         if pattern.granularity == "token":
             return self.join(alpha)
         return alpha[..., mine] if pattern.granularity == "head" else alpha
-
-
-def _attend_run(
-    q: Float[Tensor, "1 heads Q d"],
-    k: Float[Tensor, "1 heads M d"],
-    v: Float[Tensor, "1 heads M d"],
-    clips: Segments,
-    asked: slice,
-) -> Float[Tensor, "1 Q D"]:
-    """Attend within each clip of a row, from the context and from the tokens that are asked for."""
-    own = tokens_within(clips, asked.start, asked.stop)
-    aside, length = q.shape[2] - sum(own), k.shape[2] - clips.num_tokens
-
-    def each(x: Tensor, length: int, counts: list[int]) -> Sequence[Tensor]:
-        videos = x[:, :, length:].split(counts, dim=2)
-        if not length:
-            return videos
-        contexts = x[:, :, :length].split(list(clips.context), dim=2)
-        return [torch.cat(pair, dim=2) for pair in zip(contexts, videos, strict=True)]
-
-    keys, values = (each(x, length, clips.video) for x in (k, v))
-    found = attend_segments(each(q, aside, own), keys, values)
-    cuts = [part.tensor_split([part.shape[1] - count], dim=1) for part, count in zip(found, own, strict=True)]
-    return torch.cat([part for stream in zip(*cuts, strict=True) for part in stream], dim=1)
 
 
 def _exchange(

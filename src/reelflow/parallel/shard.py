@@ -58,7 +58,7 @@ class ParallelConfig:
     """How a model is spread over processes, and what is kept of it between uses.
 
     Raises:
-        ConfigError: `recompute` is an interval below 1, or tokens and heads are both dealt.
+        ConfigError: `recompute` is an interval below 1.
     """
 
     mesh: MeshConfig = MeshConfig()
@@ -71,11 +71,6 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_recompute(self.recompute)
-        if self.mesh.sequence > 1 and self.mesh.tensor > 1:
-            raise ConfigError(
-                f"sequence={self.mesh.sequence} and tensor={self.mesh.tensor} would both deal the heads; "
-                f"nearest: sequence={self.mesh.sequence * self.mesh.tensor}, tensor=1"
-            )
 
     def check(self, config: DiTConfig, world_size: int) -> None:
         """Refuse what cannot work, before any process group starts.
