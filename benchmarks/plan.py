@@ -12,26 +12,35 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from reelflow.cli.main import keep_freed_memory
+from reelflow.config import set_values
 from reelflow.data.folder import ClipSpec
 from reelflow.models.blocks import Attend, Branches, Cross, Dual, FeedForward, Layer, Single
 from reelflow.models.vae import Stage, staged
 from reelflow.nn.patterns import Space, Time
-from reelflow.recipes.forecast import Trained, measured_rates, process_bytes, rehearse, step_of, trained_stage
+from reelflow.planning.rates import Rates
+from reelflow.recipes import runs
+from reelflow.recipes.forecast import Trained, forecast, step_of
 from reelflow.recipes.recipe import Recipe
+from reelflow.recipes.rehearsal import measured_media, measured_rates, peak_bytes, process_bytes, rehearse
+from reelflow.recipes.vdit import vdit_world
 from reelflow.recipes.world import world
+from reelflow.training.flow import FlowTask
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS, PAGE = DOCS / "planning.json", DOCS / "planning.md"
-STEPS = 7
+STEPS = 5  # of which three are measured
 FACTORISED = (
     Branches((Attend(Space()), Cross(), FeedForward())),
     Branches((Attend(Time()), Cross(), FeedForward())),
@@ -86,7 +95,7 @@ def vae(
     values: Any = {"precision": precision, "ema_decay": 0.99 if ema else None, "accumulate": accumulate}
     optimizer = replace(base.vae.training.optimizer, muon_lr=0.02 if muon else None)
     training = replace(base.vae.training, batch_size=batch, optimizer=optimizer, checkpoint_every=0, **values)
-    loss = replace(base.vae.loss, crop_frames=frames, crop_size=size)
+    loss = replace(base.vae.loss, crop_frames=frames, crop_size=size, image_fraction=0.0)
     clip = replace(base.clip, num_frames=max(17, frames), height=max(64, size), width=max(64, size))
     return replace(base, clip=clip, vae=replace(base.vae, model=model, loss=loss, training=training))
 
@@ -149,11 +158,28 @@ CASES: dict[str, tuple[Trained, Recipe]] = {
 }
 
 
-def measured(name: str, steps: int, threads: int) -> dict[str, float]:
+BRIEF = [
+    f"{network}.training.{value}"
+    for network in ("vae", "dit")
+    for value in ("steps=4", "validate_every=2", "preview_every=4", "checkpoint_every=2")
+]
+CLIPS = ["data.num_clips=400", "data.num_validation=32", "vae.loss.image_fraction=0.5"]  # so that a few steps have some
+LARGER = ["clip.num_frames=33", "clip.height=96", "clip.width=96"]
+RENDERED = ["data.world.num_frames=33", "data.world.height=96", "data.world.width=96"]
+RUNS: dict[str, Recipe] = {
+    "world, 400 clips": set_values(world(), [*CLIPS, *BRIEF]),
+    "world, 400 clips of 33 x 96 x 96, in float32": set_values(
+        world(),
+        [*CLIPS, *BRIEF, *LARGER, *RENDERED, "vae.training.precision=fp32", "dit.training.precision=fp32"],
+    ),
+    "vdit-world, 400 clips": set_values(vdit_world(), [*CLIPS, *BRIEF]),
+}
+
+
+def measured(name: str, threads: int) -> int:
     start(threads)
     trained, recipe = CASES[name]
-    found = rehearse(recipe, trained, steps=steps)
-    return {"peak": found.peak, "seconds": statistics.median(found.seconds)}
+    return rehearse(recipe, trained, steps=3).peak
 
 
 def start(threads: int) -> None:
@@ -162,21 +188,97 @@ def start(threads: int) -> None:
     keep_freed_memory()
 
 
-def predicted(name: str, only: str | None, process: int) -> dict[str, float]:
+def held(name: str, process: dict[str, int], threads: int) -> dict[str, dict[str, float]]:
+    """Return the peak of a case, predicted here and measured in a process of its own."""
     trained, recipe = CASES[name]
-    if only == "memory":
-        training = (recipe.vae if trained == "autoencoder" else recipe.dit).training
-        step = step_of(recipe, trained)
-        return {"peak": process + step.run_peak(checkpoints=bool(training.checkpoint_every))}
-    rates = measured_rates(recipe.dit.training.precision)
-    stage = trained_stage(recipe, trained, rates, process)
-    return {"peak": stage.peak, "seconds": stage.seconds_each, "call": rates.call_seconds}
+    training = (recipe.vae if trained == "autoencoder" else recipe.dit).training
+    if training.precision not in process:
+        process[training.precision] = process_bytes(training.precision)
+    step = step_of(recipe, trained)
+    peak = process[training.precision] + step.run_peak(checkpoints=bool(training.checkpoint_every))
+    return {"predicted": {"peak": peak}, "measured": {"peak": apart(measured, name, threads)}}
+
+
+def timed(name: str, calls: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Return the seconds of a step, every operation of it timed again between any two steps that are measured."""
+    trained, recipe = CASES[name]
+    precision = (recipe.vae if trained == "autoencoder" else recipe.dit).training.precision
+    if precision not in calls:
+        calls[precision] = measured_rates(precision).call_seconds
+    step, sums = step_of(recipe, trained), []
+
+    def between() -> None:
+        rates = Rates(calls[precision])
+        sums.append(rates.seconds(step.passes) + rates.seconds(step.moves, step.num_calls))
+
+    found = rehearse(recipe, trained, steps=STEPS, between=between)
+    return {
+        "predicted": {"seconds": statistics.median(sums), "call": calls[precision]},
+        "measured": {"seconds": statistics.median(found.seconds)},
+    }
+
+
+def carried_out(name: str, threads: int) -> dict[str, int]:
+    """Carry a run out and return the most that the process had in memory at each stage."""
+    start(threads)
+    found: dict[str, int] = {}
+
+    def watched(stage: str, function: Callable[..., Any], *arguments: Any, **values: Any) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")
+        try:
+            return function(*arguments, **values)
+        finally:
+            found[stage] = max(found.get(stage, 0), peak_bytes())
+
+    for stage, name_in_runs in {
+        "render": "render_world",
+        "decode": "build_clip_store",
+        "latents": "write_store",
+    }.items():
+        setattr(runs, name_in_runs, partial(watched, stage, getattr(runs, name_in_runs)))
+    trained = runs.train
+
+    def train(task: Any, *arguments: Any, **values: Any) -> Any:
+        stage = "transformer" if isinstance(task, FlowTask) else "autoencoder"
+        return watched(stage, trained, task, *arguments, **values)
+
+    vars(runs)["train"] = train
+    with tempfile.TemporaryDirectory() as folder:
+        runs.run(RUNS[name], Path(folder) / "run", console=Console(quiet=True))
+    return found
+
+
+def foretold(name: str) -> dict[str, int]:
+    """Return what `carried_out` should find; times are not asked for."""
+    recipe = RUNS[name]
+    rates = Rates(0.0, lambda kernel: 0.0)
+    told = forecast(recipe, rates, process_bytes(recipe.dit.training.precision), measured_media(recipe))
+    found: dict[str, int] = {}
+    for stage, resident in zip(told.stages, told.resident, strict=True):
+        found[stage.name] = max(found.get(stage.name, 0), resident)
+    return found
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a process that has done nothing but import."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
+
+
+def table_of_runs(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    rows = [("run", "stage", "predicted MiB", "measured MiB", "ratio"), 5 * ("---",)]
+    for name, found in results.items():
+        for stage, measured in found["measured"].items():
+            predicted = found["predicted"][stage]
+            cells = (
+                name,
+                stage,
+                f"{predicted / 2**20:,.0f}",
+                f"{measured / 2**20:,.0f}",
+                f"{predicted / measured:.2f}",
+            )
+            rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -209,43 +311,45 @@ def write(results: dict[str, Any]) -> None:
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(partial, RESULTS)
-    if PAGE.is_file():
-        before, rest = PAGE.read_text().split("<!-- table -->\n")
-        after = rest.split("<!-- end -->\n")[1]
-        PAGE.write_text(f"{before}<!-- table -->\n{table(results)}\n<!-- end -->\n{after}")
+    for mark, text in (("table", table(results["steps"])), ("runs", table_of_runs(results["runs"]))):
+        before, rest = PAGE.read_text().split(f"<!-- {mark} -->\n")
+        _, after = rest.split("<!-- end -->\n", maxsplit=1)
+        PAGE.write_text(f"{before}<!-- {mark} -->\n{text}\n<!-- end -->\n{after}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="words of their names; all unless said")
-    parser.add_argument("--only", choices=("memory", "time"), help="what to keep of what is found")
+    parser.add_argument("--only", choices=("memory", "time", "runs"), help="what to predict and measure")
     parser.add_argument("--again", action="store_true", help="do what is done already again")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     start(asked.threads)
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    kinds = {"memory": ["peak"], "time": ["seconds"]}.get(asked.only or "", ["peak", "seconds"])
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"steps": {}, "runs": {}}
     process: dict[str, int] = {}
-    for name, (trained, recipe) in CASES.items():
-        if asked.cases and not any(word in name for word in asked.cases):
+    calls: dict[str, float] = {}
+    for kind, find in (
+        ("peak", lambda name: held(name, process, asked.threads)),
+        ("seconds", lambda name: timed(name, calls)),
+    ):
+        if asked.only not in (None, {"peak": "memory", "seconds": "time"}[kind]):
             continue
-        row = results.setdefault(name, {"predicted": {}, "measured": {}})
-        if not asked.again and all(kind in row[side] for side in row for kind in kinds):
-            continue
-        precision = (recipe.vae if trained == "autoencoder" else recipe.dit).training.precision
-        if precision not in process:
-            process[precision] = process_bytes(precision)
-            print(f"a process of {precision} takes {process[precision] / 2**20:.0f} MiB of its own", flush=True)
-        steps = 3 if asked.only == "memory" else STEPS
-        found = {
-            "measured": apart(measured, name, steps, asked.threads),
-            "predicted": predicted(name, asked.only, process[precision]),
-        }
-        for side, values in found.items():
-            row[side] |= {kind: value for kind, value in values.items() if kind in (*kinds, "call")}
-        write(results)
-        print(table({name: row}).splitlines()[2], flush=True)
-    print(table(results))
+        for name in CASES:
+            row = results["steps"].setdefault(name, {"predicted": {}, "measured": {}})
+            done = not asked.again and all(kind in values for values in row.values())
+            if done or (asked.cases and not any(word in name for word in asked.cases)):
+                continue
+            for side, values in find(name).items():
+                row[side] |= values
+            write(results)
+            print(table({name: row}).splitlines()[2], flush=True)
+    for name in RUNS if asked.only in (None, "runs") else ():
+        done = not asked.again and name in results["runs"]
+        if not done and (not asked.cases or any(word in name for word in asked.cases)):
+            results["runs"][name] = {"predicted": foretold(name), "measured": apart(carried_out, name, asked.threads)}
+            write(results)
+    print(table(results["steps"]))
+    print(table_of_runs(results["runs"]))
 
 
 if __name__ == "__main__":

@@ -127,15 +127,15 @@ def our_batches(job: Job, data: Path) -> ShuffledBatches[LatentBatch]:
     store = Store.open(data)
 
     def collate(rows: Tensor, _: torch.Generator) -> LatentBatch:
-        posterior = Posterior(*(store.batch(key, rows).float().to(job.device) for key in ("mean", "logvar")))
-        return LatentBatch(posterior, Condition(context=store.batch("context", rows).to(job.device)))
+        posterior = Posterior(*(store.batch(key, rows).float() for key in ("mean", "logvar")))
+        return LatentBatch(posterior, Condition(context=store.batch("context", rows)))
 
     return ShuffledBatches(len(store), job.batch, collate, seed=0, prefetch=0)
 
 
 def our_task(job: Job, model: VideoDiT) -> FlowTask:
-    null = Condition(context=torch.zeros(1, WORDS, TEXT, device=job.device))
-    latents = torch.zeros(1, CHANNELS, *job.latents, device=job.device)
+    null = Condition(context=torch.zeros(1, WORDS, TEXT))
+    latents = torch.zeros(1, CHANNELS, *job.latents)
     fixed = LatentBatch(Posterior(latents, latents), null)
     flow = FlowConfig(given_fraction=0.0)
     return FlowTask(model, flow, null=null, validation=fixed, flops_per_sample=job.flops() / job.batch)
@@ -364,7 +364,7 @@ def what_ours_adds(job: Job, data: Path) -> dict[str, float]:
     model = our_model(job)
     task, ema = our_task(job, model), Ema(model, EMA)
     grads = [torch.ones_like(p) for p in model.parameters()]
-    draws = torch.Generator(job.device).manual_seed(0)
+    draws = torch.Generator().manual_seed(0)
 
     def seconds(run: Callable[[], object]) -> float:
         times = []
@@ -382,10 +382,10 @@ def what_ours_adds(job: Job, data: Path) -> dict[str, float]:
         return {
             "reading a batch (data/loader.py, data/store.py)": seconds(lambda: next(batches)),
             "drawing latents and noise (training/flow.py)": seconds(
-                lambda: (batch.posterior.sample(draws), torch.randn(shape, generator=draws, device=job.device))
+                lambda: (batch.posterior.sample(draws), torch.randn(shape, generator=draws))
             ),
             "dropping text (Condition.where)": seconds(
-                lambda: batch.condition.where(torch.ones(job.batch, dtype=torch.bool, device=job.device), task.null)
+                lambda: batch.condition.where(torch.ones(job.batch, dtype=torch.bool), task.null)
             ),
             "norms of gradients (parallel/shard.py: norms)": seconds(lambda: torch._foreach_norm(grads)),
             "clipping (loop.py: _foreach_mul_)": seconds(lambda: torch._foreach_mul_(grads, 1.0)),

@@ -8,7 +8,7 @@ from reelflow.config import set_values
 from reelflow.families.vdit import founding_models
 from reelflow.planning.cost import dit_cost
 from reelflow.planning.step import Step
-from reelflow.recipes import forecast
+from reelflow.recipes import forecast, rehearsal
 from reelflow.recipes.forecast import Change, Forecast, Stage
 from reelflow.recipes.world import world
 from reelflow.training.meters import duration
@@ -53,7 +53,7 @@ def test_the_size_of_a_clip_can_be_asked_for(reelflow):
 
 @pytest.mark.parametrize(
     ("assignment", "factor"),
-    [("sampling.num_steps=48", 2), ('sampling.sampler={"kind": "heun"}', 47 / 24), ("sampling.guidance_scale=1", 0.5)],
+    [("sampling.num_steps=32", 2), ('sampling.sampler={"kind": "heun"}', 31 / 16), ("sampling.guidance_scale=1", 0.5)],
 )
 def test_the_cost_of_a_clip_counts_every_evaluation(assignment, factor):
     base, other = Costs.of(world()), Costs.of(set_values(world(), [assignment]))
@@ -85,29 +85,39 @@ def test_what_cannot_be_is_refused(reelflow, arguments, message):
 @pytest.fixture
 def told(monkeypatch):
     """What is measured and walked for long in a plan, made up: a step of an hour that takes 3 GiB."""
-    step = Step(*(2**28,) * 7, passes={}, moves={}, num_calls=0)
+    step = Step(*(2**28,) * 8, passes={}, moves={}, num_calls=0)
     stages = (
-        Stage("latents", "clip", 1000, 0.36, 2**30),
+        Stage("latents", "clip", 1000, 0.36, 2**30, files=5 * 2**29),
         Stage("transformer", "step", 10, 3600.0, 3 * 2**30, step=step),
-        Stage("samples", "clip", 1, 2.0, 2**30),
+        Stage("transformer", "validation", 1, 0.0, 2 * 2**30, files=2**30),
+        Stage("sample", "clip", 1, 2.0, 2**30, apart=True),
     )
     changes = [Change("transformer", "dit.training.batch_size=8", 2**31, 36_360.0)]
-    for name, value in {
-        "measured_rates": lambda precision: None,
-        "process_bytes": lambda precision: 2**28,
-        "forecast": lambda recipe, rates, process: Forecast(stages, process),
-        "changes": lambda *_: changes,
-    }.items():
-        monkeypatch.setattr(forecast, name, value)
+    for module, name, value in (
+        (rehearsal, "measured_rates", lambda precision: None),
+        (rehearsal, "process_bytes", lambda precision: 2**28),
+        (rehearsal, "measured_media", lambda recipe: None),
+        (forecast, "forecast", lambda recipe, rates, process, media: Forecast(stages, process)),
+        (forecast, "changes", lambda *_: changes),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
 def test_a_plan_tells_time_money_and_memory_stage_by_stage(reelflow, told):
     status, out, _ = reelflow("plan", "world", "--price", 2, "--memory", "4GiB")
     assert status == 0
-    assert "in all 10:06:02, 20.20 at 2 an hour, at most 3 GiB" in out
+    assert (
+        "in all 10:06:02, 20.20 at 2 an hour; at most 4 GiB, in transformer's validation: 256 MiB the process, 1.75 GiB its "
+        "tensors, 1 GiB kept of earlier stages, 1 GiB mapped files" in out
+    )
     (row,) = (line for line in out.splitlines() if "10 steps" in line)
-    assert [cell.strip() for cell in row.split("│")[3:8]] == ["3,600,000 ms", "0", "10:00:00", "20.00", "3,072 MiB"]
+    cells = ["3,600,000 ms", "0", "10:00:00", "20.00", "3,072 MiB", "3,072 MiB"]
+    assert [cell.strip() for cell in row.split("│")[3:9]] == cells
     assert "does not fit" not in out
+
+
+def test_a_folder_that_is_not_there_is_told_how_many_clips_it_is_taken_to_have(reelflow, told):
+    assert "videos is not there, so 1,000 clips are assumed" in reelflow("plan", "folder", "--memory", "4GiB")[1]
 
 
 def test_a_plan_that_does_not_fit_says_what_would(reelflow, told):

@@ -33,8 +33,8 @@ def carried_out(monkeypatch):
     class Asked(list):
         model: Path | None = Path("model")
 
-        def __call__(self, recipe: Recipe, out: Path, *, console: object) -> Run:
-            self.append((recipe, out))
+        def __call__(self, recipe: Recipe, out: Path, *, device: str, console: object) -> Run:
+            self.append((recipe, out, device))
             return Run(out, self.model, {})
 
     asked = Asked()
@@ -59,9 +59,9 @@ def test_a_misspelt_recipe_is_refused_with_the_nearest(reelflow, command):
 
 def test_a_recipe_goes_to_its_own_folder_with_the_values_set(reelflow, carried_out):
     status, out, _ = reelflow("train", "world", "--set", "dit.training.steps=7", "--set", "sampling.shift=2")
-    ((recipe, folder),) = carried_out
+    ((recipe, folder, device),) = carried_out
     assert status == 0
-    assert folder == Path("runs/world")
+    assert (folder, device) == (Path("runs/world"), "auto")
     assert (recipe.dit.training.steps, recipe.sampling.shift) == (7, 2.0)
     assert "80 + 12 tokens" in out.splitlines()[0]
     assert "--model runs/world" in out
@@ -84,6 +84,7 @@ def test_an_interrupted_run_says_how_to_go_on(reelflow, carried_out):
         (["world", "--data", "videos"], "no field 'folder'"),
         (["folder", "--data", "no_videos"], "no_videos"),
         (["folder"], "videos"),
+        (["world", "--device", "gpu"], "'gpu' names no device; there are cpu"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_leaves_no_folder(reelflow, tmp_path, arguments, message):

@@ -96,6 +96,43 @@ def test_samples_come_back_as_they_were(tmp_path_factory, shape, dtype, caption,
         same(found.read(number), samples[number])
 
 
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(0, 3), min_size=1, max_size=9), flush=st.integers(1, 5))
+def test_the_index_knows_the_shapes_of_every_sample(tmp_path_factory, lengths, flush):
+    folder = tmp_path_factory.mktemp("set")
+    with ShardWriter(folder, fingerprint={}) as writer:
+        for number, length in enumerate(lengths):
+            writer.add(Sample(f"k{number}", {"x": torch.zeros(2, length), "y": torch.zeros(number % 2)}))
+            if number % flush == 0:
+                writer.flush()
+        writer.finish()
+    for path in folder.glob("shard-*"):
+        path.unlink()
+    shapes = ShardSet.open(folder).shapes("x")
+    assert list(shapes.found) == sorted(set(shapes.found))
+    assert [shapes.found[which] for which in shapes.which] == [(2, length) for length in lengths]
+
+
+def test_the_shapes_of_a_tensor_that_samples_lack_are_refused(tmp_path):
+    with ShardWriter(tmp_path, fingerprint={}) as writer:
+        writer.add(Sample("a", {"x": torch.zeros(1), "y": torch.zeros(1)}))
+        writer.add(Sample("b", {"x": torch.zeros(1)}))
+        writer.finish()
+    with pytest.raises(DataError, match=r"shard-00000\.tar has samples without 'y', of x"):
+        ShardSet.open(tmp_path).shapes("y")
+
+
+@pytest.mark.parametrize("kinds", ["", "0", "0*3", "0 1", "1*2", "0*-2", "0**2", "x", "0*1000000000000"])
+def test_an_index_with_impossible_kinds_is_refused(tmp_path, kinds):
+    written(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["shards"][0]["kinds"] == "0*2"
+    index["shards"][0]["kinds"] = kinds
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"index\.json is damaged: shard-00000 has 2 samples of kinds"):
+        ShardSet.open(tmp_path).shapes("x")
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # its files
 def test_webdataset_reads_the_shards(tmp_path):
     webdataset = pytest.importorskip("webdataset")

@@ -1,3 +1,4 @@
+import json
 import threading
 from collections import Counter
 from itertools import chain, pairwise
@@ -7,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from reelflow.data import stream
+from reelflow.data.loader import Buckets, Packed, Size
 from reelflow.data.shards import Sample, ShardSet, ShardWriter, StoreSamples
 from reelflow.data.store import Store, write_store
-from reelflow.data.stream import ShardedBatches, rounds
+from reelflow.data.stream import Grouped, ShardedBatches, Sizes, rounds
 from reelflow.errors import ConfigError, DataError
 from reelflow.training.loop import Batches
 
@@ -252,6 +255,158 @@ def test_a_million_names_of_bad_samples_are_not_kept(monkeypatch):
     read(batches, 3)
     assert len(batches.skipped) == 3
     assert batches.skipped["more"] >= 4
+
+
+# --- samples of several sizes ----------------------------------------------------------------------------------------
+
+
+def sizes_of(frames):
+    """Clips of so many frames of 10 tokens each, whose attention makes long ones dearer."""
+    found = sorted(set(frames))
+    sizes = [Size((n, 2, 5), 10 * n, 10.0 * n + n**2) for n in found]
+    return Sizes(sizes, torch.tensor([found.index(n) for n in frames]))
+
+
+def drawn_frames(count, seed=0, most=8):
+    return torch.randint(1, most + 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+FRAMES = {"a": drawn_frames(8), "b": drawn_frames(4, 1)}
+GROUPINGS = st.builds(lambda kind, tokens: kind(tokens), st.sampled_from([Packed, Buckets]), st.integers(80, 200))
+PACKED = Packed(150)
+
+
+def grouped(grouping=PACKED, reservoir=15, *, bad=((), ()), **options):
+    sources = [Numbers(5, 3, name="a", bad=bad[0]), Numbers(4, name="b", bad=bad[1])]
+    sizes = [sizes_of(FRAMES[name]) for name in "ab"]
+    return reader(*sources, batch_size=Grouped(grouping, sizes, reservoir), weights=(3, 1), window=1, **options)
+
+
+def frames_of(batch):
+    return [FRAMES[of][item] for of, item, _ in batch]
+
+
+@settings(max_examples=40, deadline=None)
+@given(grouping=GROUPINGS, reservoir=st.integers(1, 40))
+def test_each_sample_of_the_stream_is_in_one_batch_of_its_reservoir_and_no_batch_is_too_large(grouping, reservoir):
+    batches, number = grouped(grouping, reservoir), 0
+    plain = reader(Numbers(5, 3, name="a"), Numbers(4, name="b"), batch_size=reservoir, weights=(3, 1), window=1)
+    for want in read(plain, 3):
+        found = []
+        while len(found) < reservoir:
+            batch = batches.batch(number)
+            found += batch
+            number += 1
+            assert 0 < sum(10 * n for n in frames_of(batch)) <= grouping.tokens
+            assert isinstance(grouping, Packed) or len(set(frames_of(batch))) == 1
+        assert sorted(found) == sorted(want)  # with the same draws too
+
+
+def test_packed_batches_of_a_reservoir_are_alike_in_flops_and_full():
+    frames = drawn_frames(3000)
+    sizes = sizes_of(frames)
+    batches = reader(Numbers(*30 * [100]), batch_size=Grouped(Packed(400), [sizes], 600))
+    loads, tokens = [], []
+    for batch in read(batches, 60):
+        counts = [frames[item] for _, item, _ in batch]
+        loads.append(sum(10.0 * n + n**2 for n in counts))
+        tokens.append(sum(10 * n for n in counts))
+    assert max(loads) < 1.1 * sum(loads) / len(loads)
+    assert sum(tokens) > 0.97 * 400 * len(tokens)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    grouping=GROUPINGS,
+    reservoir=st.integers(1, 20),
+    stop=st.integers(0, 5),
+    prefetch=st.integers(0, 3),
+    before=st.integers(1, 4),
+    after=st.integers(1, 4),
+)
+def test_grouped_batches_go_on_exactly_whatever_the_number_of_parts(grouping, reservoir, stop, prefetch, before, after):
+    whole = read(grouped(grouping, reservoir), before * stop + 2 * after)
+    with grouped(grouping, reservoir, prefetch=prefetch) as batches:
+        batches.deal(before - 1, before)
+        assert [next(batches) for _ in range(stop)] == whole[before - 1 : before * stop : before]
+        state = json.loads(json.dumps(batches.state_dict()))
+    parts = []
+    for part in range(after):
+        own = grouped(grouping, reservoir, prefetch=prefetch)
+        own.deal(part, after)
+        own.load_state_dict(state)
+        assert own.state_dict() == state
+        parts.append(read(own, 2))
+    assert joined(zip(*parts, strict=True)) == whole[before * stop :]
+
+
+def test_going_on_far_down_the_stream_plans_no_more_than_what_is_at_hand(monkeypatch):
+    batches, planned = grouped(), []
+    read(batches, 300)
+    state, following = batches.state_dict(), read(batches, 1)
+    assert state["reservoir"][0] > 50
+    monkeypatch.setattr(stream, "Plan", lambda *a, plan=stream.Plan: planned.append(a) or plan(*a))
+    own = grouped()
+    own.load_state_dict(state)
+    assert read(own, 1) == following
+    assert len(planned) <= 3  # the first one, as `own` was new
+
+
+@settings(max_examples=25, deadline=None)
+@given(bad=st.sets(st.integers(0, 7), min_size=1, max_size=7), grouping=GROUPINGS)
+def test_a_bad_sample_in_a_group_is_replaced_by_one_of_its_size_or_left_out(bad, grouping):
+    said = []
+    whole, found = read(grouped(grouping), 30), read(grouped(grouping, bad=(bad, ()), on_skip=said.append), 30)
+    good = {FRAMES["a"][item] for item in range(8) if item not in bad}
+    for before, after in zip(whole, found, strict=True):
+        kept = [each for each in before if each[0] == "b" or FRAMES["a"][each[1]] in good]
+        if not kept:  # a batch is never empty
+            assert len(after) == 1
+            continue
+        assert frames_of(after) == frames_of(kept)
+        for own, other in zip(kept, after, strict=True):
+            assert own == other if own[0] == "b" or own[1] not in bad else (own[2] == other[2] and other[1] not in bad)
+    assert len(said) == len({each[1] for batch in whole for each in batch if each[0] == "a"} & bad)
+
+
+def test_a_group_without_one_good_sample_is_an_error():
+    with pytest.raises(DataError, match="in a row could not be used"):
+        read(grouped(bad=(range(8), range(4)), on_skip=lambda _: None), 1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"grouping": Packed(160)}, {"grouping": Buckets(150)}, {"reservoir": 16}],
+    ids=["tokens", "kind", "reservoir"],
+)
+def test_a_cursor_of_batches_grouped_otherwise_is_refused(other):
+    with pytest.raises(DataError, match="batch_size was"):
+        grouped(**other).load_state_dict(grouped().state_dict())
+
+
+def test_a_cursor_of_samples_of_other_sizes_is_refused(monkeypatch):
+    state = grouped().state_dict()
+    monkeypatch.setitem(FRAMES, "b", [1, 2, 3, 9])
+    with pytest.raises(DataError, match="batch_size was"):
+        grouped().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"grouping": Packed(70)}, "cannot hold an item of 80; nearest: tokens=80"),
+        ({"reservoir": 0}, "reservoir must be at least 1, got 0"),
+        ({"world_size": 2}, "nearest: world_size=1, and deal"),
+    ],
+)
+def test_impossible_groups_are_refused(wrong, why):
+    with pytest.raises(ConfigError, match=why):
+        grouped(**wrong)
+
+
+def test_samples_without_a_size_cannot_be_grouped():
+    with pytest.raises(ConfigError, match="every sample of every source needs a size"):
+        reader(Numbers(5), batch_size=Grouped(PACKED, [sizes_of([1, 2])]))
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from reelflow.generation.sampling import (
     UniPC,
 )
 from reelflow.models.dit import VideoDiT
+from reelflow.nn.embed import Number
 from tiny_model import CARD, tiny_pipeline
 
 PROMPT = "a red ring moving left"
@@ -63,6 +64,24 @@ def test_a_clip_depends_on_its_seed_and_its_prompt_and_is_in_range(pipeline):
     assert not torch.equal(clip, pipeline.generate([PROMPT], seed=2))
     assert not torch.equal(clip, pipeline.generate(["a blue disc"], seed=1))
     assert torch.equal(clip, pipeline.generate([PROMPT], seed=1))
+
+
+def test_a_network_is_told_of_the_shape_of_its_clips_with_and_without_the_prompt(pipeline):
+    dit = replace(CARD.dit, numbers=2 * (Number(channels=4, scale=1.0),))
+    card = replace(CARD, dit=dit, tells=("frames", "aspect"), clip=replace(CARD.clip, width=64))
+    model, told = VideoDiT(dit), []
+    for number in model.numbers:
+        number.register_forward_pre_hook(lambda _, given: told.append(given[0].unique().item()))
+    for num_frames, frames in ((9, 3.0), (1, 1.0)):
+        told.clear()
+        Pipeline(card, pipeline.vae, model).generate([PROMPT], num_frames=num_frames)
+        assert told == 8 * [frames, 2.0]  # steps x branches
+    with pytest.raises(
+        ConfigError, match=r"of 0 numbers is told as many .* not frames, aspect; nearest: 2 in dit\.numbers"
+    ):
+        replace(card, dit=CARD.dit)
+    with pytest.raises(ConfigError, match=r"of 2 numbers .* not nothing"):
+        replace(card, tells=())
 
 
 def test_prompts_in_a_batch_do_not_touch_each_other(pipeline):

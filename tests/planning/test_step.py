@@ -9,8 +9,9 @@ from reelflow.models.context import Layers
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.parallel.recompute import recompute_blocks
 from reelflow.planning.cost import dit_cost, num_parameters
+from reelflow.planning.memory import example
 from reelflow.planning.rates import flops
-from reelflow.planning.step import shaped, train_step, transformer, transformer_step
+from reelflow.planning.step import Batch, run_deep, run_once, shaped, train_step, transformer, transformer_step
 
 DIT = DiTConfig(in_channels=4, dim=48, num_heads=2, layers=4 * (Single(),), rope=(8, 8, 8), context=Layers(12))
 SHAPE, WORDS = (3, 8, 4), 7
@@ -90,10 +91,33 @@ def test_a_checkpoint_is_a_copy_beside_what_is_held(step):
     assert large.run_peak(checkpoints=False) == 2 * (step.weights + step.average + large.states) + step.holes
 
 
+def test_batches_of_two_kinds_hold_what_the_larger_does_and_take_the_mean_of_their_times():
+    def of_rows(*rows):
+        def build():
+            model = nn.Linear(16, 16)
+            return model, [Batch(lambda n=n: model(torch.ones(n, 16)).relu().mean(), share) for n, share in rows]
+
+        return train_step(build, adamw)
+
+    few, many, both = of_rows((8, 1.0)), of_rows((800, 1.0)), of_rows((8, 0.75), (800, 0.25))
+    assert few.activations < both.activations == many.activations
+    assert work(both) == pytest.approx(0.75 * work(few) + 0.25 * work(many))
+
+
+def test_what_needs_no_gradients_is_continued_to_the_whole_depth():
+    def run(config):
+        VideoDiT(config)(*example(config, SHAPE, WORDS))
+
+    deep, whole = run_deep(DIT, run), run_once(lambda: run(DIT))
+    assert deep.kernels == whole.kernels
+    assert deep.num_calls == whole.num_calls
+    assert deep.peak == pytest.approx(whole.peak, rel=0.03)
+
+
 def test_a_module_that_changes_its_weights_while_it_is_built_can_be_walked():
     def build():
         model = shaped(lambda: nn.Conv3d(4, 4, 3).to(memory_format=torch.channels_last_3d))
-        return model, lambda: model(torch.ones(1, 4, 5, 5, 5)).mean()
+        return model, [Batch(lambda: model(torch.ones(1, 4, 5, 5, 5)).mean())]
 
     step = train_step(build, adamw)
     assert step.weights == 4 * (4 * 4 * 27 + 4)

@@ -44,9 +44,18 @@ def test_a_hole_that_nothing_fits_stays_and_the_smallest_that_fits_is_taken():
     reached = heap.reached
     heap.give(*held[0])
     heap.give(*held[2])
-    assert heap.take(500)[0] == held[2][0]
+    assert heap.take(400)[0] == held[2][0]
     heap.take(2000)
     assert heap.reached > reached
+
+
+def test_a_hole_between_neighbours_is_too_narrow_for_the_size_that_left_it():
+    heap = Heap()
+    held = [heap.take(size) for size in (1024, 64, 1024, 64)]
+    reached = heap.reached
+    heap.give(*held[0])
+    assert heap.take(1024)[0] == reached
+    assert heap.take(1024 - 64) == (0, 1024)
 
 
 def test_a_large_tensor_has_pages_of_its_own_and_gives_them_back():
@@ -54,6 +63,7 @@ def test_a_large_tensor_has_pages_of_its_own_and_gives_them_back():
     small, large = heap.take(1000), heap.take(MAPPED)
     heap.give(*large)
     assert heap.mapped == 0
+    assert heap.pages == MAPPED
     assert heap.peak == small[1] + MAPPED
 
 

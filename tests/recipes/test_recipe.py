@@ -179,14 +179,19 @@ def test_an_impossible_long_clip_is_refused_before_anything_is_made(tmp_path):
 SHAPES = 'also=[{"num_frames": 1, "height": 32, "width": 32, "fps": 8.0}, {"num_frames": 5, "height": 48, "width": 48, "fps": 8.0}]'
 
 
-@pytest.mark.parametrize("kind", ["packed", "buckets"])
-def test_a_transformer_learns_clips_of_several_shapes(finished, tmp_path, kind):
+TOLD = ['dit.flow.tells=["aspect", "frames"]', 'dit.model.numbers=[{"channels": 8}, {"channels": 8}]']
+
+
+@pytest.mark.parametrize(("kind", "told"), [("packed", TOLD), ("buckets", [])], ids=["packed, told", "buckets"])
+def test_a_transformer_learns_clips_of_several_shapes(finished, tmp_path, kind, told):
     """Images, short clips and whole ones of the same videos, each in the shape that was asked for."""
-    recipe = set_values(tiny(), [SHAPES, f'dit.batches={{"kind": "{kind}", "tokens": 64}}', "dit.training.steps=8"])
+    batches = f'dit.batches={{"kind": "{kind}", "tokens": 64}}'
+    recipe = set_values(tiny(), [SHAPES, batches, "dit.training.steps=8", *told])
     for name in ("videos", "videos_unseen", "vae"):
         shutil.copytree(finished[0] / "run" / name, tmp_path / "run" / name)
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(to_dict(recipe)))
     assert run(recipe, tmp_path / "run", console=QUIET).model is not None
+    assert read_card(tmp_path / "run").tells == (("aspect", "frames") if told else ())  # as previews were, of this run
     found = {name: Store.open(tmp_path / "run" / name) for name in ("latents", "latents_1", "latents_2")}
     assert {name: (len(store), store.shape("mean")[1:]) for name, store in found.items()} == {
         "latents": (6, (3, 4, 4)),
@@ -201,7 +206,7 @@ def test_a_transformer_learns_clips_of_several_shapes(finished, tmp_path, kind):
         ([SHAPES], "clips of 3 shapes need dit.batches; nearest: .*tokens: 3"),
         ([SHAPES, 'dit.batches={"kind": "packed", "tokens": 20}'], "cannot hold a clip of 3.*nearest: dit.batches"),
         ([SHAPES.replace("8.0}]", "4.0}]"), 'dit.batches={"kind": "packed", "tokens": 90}'], "frame rate of clip, 8"),
-        (['dit.flow.tells=["aspect"]'], "told when it samples"),
+        (['dit.flow.tells=["aspect"]'], r"of 0 numbers is told as many .* not aspect; nearest: 1 in dit\.numbers"),
     ],
 )
 def test_shapes_that_cannot_be_trained_together_are_refused(assignments, message):

@@ -66,9 +66,9 @@ def weights(folder: Path) -> list[torch.Tensor]:
 def test_a_mesh_is_refused_before_anything_begins(tmp_path):
     with pytest.raises(ConfigError, match=r"2 processes cannot share .*accumulate=1.* nearest: batch_size=1"):
         on_mesh(tiny(), shard=2)
-    two = ParallelConfig(MeshConfig(shard=2))
-    with pytest.raises(ConfigError, match="an adapter is learned by one process, got a mesh of 2"):
-        replace(dealt().dit, pretrained="x", adapter=LoRA(rank=2), parallel=two)
+    cut = ParallelConfig(MeshConfig(shard=2, tensor=2))
+    with pytest.raises(ConfigError, match=r"an adapter .* tensor=2 cuts.* nearest: .*tensor=1 and .*shard=4"):
+        replace(dealt().dit, pretrained="x", adapter=LoRA(rank=2), parallel=cut)
     with pytest.raises(ConfigError, match=r"compiled blocks .*nearest: dit\.parallel\.compile=none"):
         replace(dealt().dit, parallel=ParallelConfig(compile="blocks"), batches=Packed(100))
     with pytest.raises(ConfigError, match=r"shard=2 is of 2 processes, but there are 1.*torchrun --nproc-per-node 2"):

@@ -1,15 +1,16 @@
 """A tiny transformer's run, on any mesh, in float64 so that meshes can be compared; and to kill:
 
-    python flow_run.py FOLDER RANKS WHERE COUNT RANK, under torchrun or with its environment, WHERE as in toy_run.py
+    python flow_run.py FOLDER RANKS WHERE COUNT RANK [stream], under torchrun or with its environment, WHERE as in toy_run.py
 
-Process RANK sends itself SIGKILL at the COUNT-th visit of that place; but if FOLDER/killed exists, which it leaves, it
-does not.
+With "stream" it learns packed rows of a stream of samples. Process RANK sends itself SIGKILL at the COUNT-th visit of that
+place; but if FOLDER/killed exists, which it leaves, it does not.
 """
 
 import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from reelflow.data.loader import ShuffledBatches
+from reelflow.data.loader import Packed, ShuffledBatches, Size
+from reelflow.data.shards import Sample
+from reelflow.data.stream import Grouped, ShardedBatches, Sizes
+from reelflow.errors import DataError
 from reelflow.models.blocks import Dual, Single
 from reelflow.models.condition import Condition
 from reelflow.models.context import Refine
@@ -98,6 +102,7 @@ def run_flow(
     config: TrainingConfig = CONFIG,
     network: DiTConfig = NETWORK,
     packed: bool = False,
+    stream: bool = False,
     dealt: bool = True,
     bad: tuple[int, ...] = (),
     workers: Workers | None = None,
@@ -113,11 +118,34 @@ def run_flow(
         return same_shape(numbers)
 
     task = flow_task(network, workers, ParallelConfig(mesh))
-    with ShuffledBatches(17, config.batch_size, collate, seed=3, prefetch=1) as batches, exact_muon():
+    loader = packed_stream() if stream else ShuffledBatches(17, config.batch_size, collate, seed=3, prefetch=1)
+    with loader as batches, exact_muon():
         if bad:
             task.loss = exploding(task, [batches.batch(number) for number in bad])
         given = batches if dealt else Undealt(batches)
         return train(task, given, config, folder, hidden=inner_matrix, workers=workers, **{"console": QUIET, **options})
+
+
+class Numbers:
+    """The numbers of clips as samples, which cannot all be read."""
+
+    name, identity, groups = "numbers", "numbers", (7, 5, 5)
+
+    def read(self, number: int) -> Sample:
+        if number == 3:
+            raise DataError("3 is torn")
+        return Sample(f"{number}", {"number": torch.tensor(number)})
+
+
+def packed_stream() -> ShardedBatches[list[LatentBatch]]:
+    """Rows of clips of several shapes; a step takes about as much as a reservoir holds."""
+
+    def collate(samples: list[Sample], generators: list[torch.Generator]) -> list[LatentBatch]:
+        return [clip(int(sample.tensors["number"])) for sample in samples]
+
+    sizes = [Size(shape, prod(shape), float(prod(shape) ** 2)) for shape in SHAPES]
+    grouped = Grouped(Packed(60), [Sizes(sizes, torch.arange(17) % len(SHAPES))], reservoir=12)
+    return ShardedBatches([Numbers()], grouped, collate, seed=3, window=2, prefetch=1, on_skip=lambda _: None)
 
 
 @contextmanager
@@ -170,7 +198,7 @@ def fatal(where: str, count: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    folder, ranks, where, count, rank = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
+    folder, ranks, where, count, rank = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:6])
     torch.set_num_threads(1)
     options = {}
     if int(os.environ["RANK"]) == rank and not (folder / "killed").exists():
@@ -178,5 +206,6 @@ if __name__ == "__main__":
         (folder / "killed").touch()
         options = fatal(where, count)
     mesh = MeshConfig(shard=ranks)
-    with start(mesh, "cpu", timeout=30.0) as workers:
-        run_flow(folder, mesh, workers=workers, **options)
+    patience = 180.0 if "TORCHELASTIC_RUN_ID" in os.environ else 30.0  # a restarted process imports torch first
+    with start(mesh, "cpu", timeout=patience) as workers:
+        run_flow(folder, mesh, workers=workers, stream="stream" in sys.argv[6:], **options)

@@ -116,6 +116,10 @@ def test_a_mesh_learns_and_logs_what_one_process_does(one, tmp_path, mesh):
 
 CASES = [
     pytest.param(TWO, {"packed": True}, id="rows of unequal numbers of clips"),
+    pytest.param(TWO, {"stream": True}, id="packed rows of a stream"),
+    pytest.param(
+        MeshConfig(sequence=2), {"stream": True, "network": UNGATED}, id="packed rows, cut", marks=pytest.mark.slow
+    ),
     pytest.param(TWO, {"dealt": False}, id="a loader that cannot deal"),
     pytest.param(MeshConfig(tensor=2), {"network": UNGATED}, id="dealt heads", marks=pytest.mark.slow),
 ]
@@ -126,6 +130,7 @@ def test_other_runs_learn_the_same_too(tmp_path, mesh, options):
     run_flow(tmp_path / "one", **options)
     many(tmp_path / "many", mesh, **options)
     assert_equal(tmp_path / "many", tmp_path / "one", atol=1e-9)
+    assert_same_log(tmp_path / "many", tmp_path / "one")
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path):
@@ -256,10 +261,10 @@ def test_when_one_process_is_killed_the_other_ends_and_names_it_and_the_run_goes
     assert_equal(tmp_path, two, atol=0)
 
 
-def killed_under_torchrun(folder, where, count, rank):
+def killed_under_torchrun(folder, where, count, rank, *more):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", "1", flow_run.__file__, str(folder), "2", where, str(count), str(rank)]
-    done = subprocess.run(command, env=environment(), check=False, timeout=240, capture_output=True, text=True)
+    command += ["--max-restarts", "1", flow_run.__file__, str(folder), "2", where, str(count), str(rank), *more]
+    done = subprocess.run(command, env=environment(), check=False, timeout=540, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (folder / "killed").exists()
 
@@ -276,3 +281,12 @@ def test_torchrun_restarts_a_run_killed_in_a_save_and_nothing_is_lost(tmp_path, 
 def test_torchrun_restarts_a_run_killed_anywhere(tmp_path, two, where, count, rank):
     killed_under_torchrun(tmp_path, where, count, rank)
     assert_equal(tmp_path, two, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "count"), [("step", 3), ("fsync", 5)])
+def test_torchrun_restarts_a_run_on_a_packed_stream_and_nothing_is_lost(tmp_path, where, count):
+    many(tmp_path / "whole", TWO, stream=True)
+    killed_under_torchrun(tmp_path / "killed", where, count, 1, "stream")
+    assert_equal(tmp_path / "killed", tmp_path / "whole", atol=0)
+    assert_same_log(tmp_path / "killed", tmp_path / "whole")

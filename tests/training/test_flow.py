@@ -343,7 +343,7 @@ def test_validation_is_repeatable_and_tells_eight_bins_of_t_apart():
     for index, (x, t, condition) in enumerate(flow.model.asked[:8]):
         assert (t * 8).long().tolist() == B * [index]
         assert x.shape == DATA.shape
-        assert condition is BATCH.condition
+        assert condition.vector is BATCH.condition.vector
 
 
 def test_a_real_model_has_a_loss_with_gradients():

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from reelflow.cli.terminal import INTERRUPTED, interruptible, new_file, progress_bar, warn
+from reelflow.cli.terminal import INTERRUPTED, Device, interruptible, new_file, progress_bar, warn
 from reelflow.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from reelflow.families.adapters import AdapterUse
@@ -72,6 +73,7 @@ def generate(
     preview: Annotated[
         Path | None, typer.Option(help="A .png of the clip as known so far, renewed as it grows.")
     ] = None,
+    device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
 ) -> int:
     """Make a clip from a prompt. Ctrl-C keeps what there is."""
@@ -91,8 +93,11 @@ def generate(
         raise ConfigError("give the model to use: --model RUN (make one with: reelflow train)")
 
     from reelflow.data.video import VideoWriter
+    from reelflow.families.systems import is_system
     from reelflow.generation.provenance import Provenance
+    from reelflow.parallel.device import take_device
 
+    place = take_device(device)
     told = None if again is None else Provenance.read(again)
     beside = Provenance.path_beside(out)
     new_file(out, overwrite=overwrite)
@@ -103,7 +108,7 @@ def generate(
         model, image = model or Path(told.model), image or (Path(told.image) if told.image else None)
     assert model is not None
     uses = told.adapters if told is not None else tuple(adapter_use(text) for text in adapter or ())
-    engine = (Published if (model / "model_index.json").is_file() else Trained)(model, uses)
+    engine = (Published if is_system(model) else Trained)(model, place, uses)
     sampling = engine.sampling(changes, assignments or []) if told is None else told.sampling
     num_frames = told.num_frames if told is not None else frames
     fps, size = engine.fps(sampling), engine.size(sampling)
@@ -117,10 +122,11 @@ def generate(
             model=model,
             image=image,
             adapters=uses,
+            device=place,
         )
     else:
-        request = told.again(model=model, image=image)
-        _warn_of_differences(told)
+        request = told.again(model=model, image=image, device=place)
+        _warn_of_differences(told, place)
     first_frame = None if image is None else _first_frame(image, *size)
     engine.check(request, first_frame)
 
@@ -144,10 +150,10 @@ def generate(
 class Trained:
     """A model of ours, as the command asks it; its weights are read when it streams."""
 
-    def __init__(self, folder: Path, adapters: "Sequence[AdapterUse]" = ()) -> None:
+    def __init__(self, folder: Path, device: "torch.device", adapters: "Sequence[AdapterUse]" = ()) -> None:
         from reelflow.generation.pipeline import read_card
 
-        self.folder, self.adapters, self.card = folder, adapters, read_card(folder)
+        self.folder, self.device, self.adapters, self.card = folder, device, adapters, read_card(folder)
         self.num_frames = self.card.clip.num_frames
         if adapters:
             import torch
@@ -194,7 +200,7 @@ class Trained:
         from reelflow.generation.sampling import Sampling
 
         assert isinstance(request.sampling, Sampling)
-        pipeline = load(self.folder, adapters=self.adapters)
+        pipeline = load(self.folder, device=self.device, adapters=self.adapters)
         assert isinstance(pipeline, Pipeline)
         return pipeline.stream(
             [request.prompt],
@@ -209,12 +215,13 @@ class Trained:
 class Published:
     """A published system, as the command asks it; its weights are read when it streams."""
 
-    def __init__(self, folder: Path, adapters: "Sequence[AdapterUse]" = ()) -> None:
+    def __init__(self, folder: Path, device: "torch.device", adapters: "Sequence[AdapterUse]" = ()) -> None:
         from reelflow.families.adapters import check_files
         from reelflow.families.systems import sketch_system
         from reelflow.generation.published import PublishedPipeline
 
-        self.folder, self.adapters, self.sketch = folder, adapters, PublishedPipeline(sketch_system(folder))
+        self.folder, self.device, self.adapters = folder, device, adapters
+        self.sketch = PublishedPipeline(sketch_system(folder))
         check_files(self.sketch.system.experts, adapters)
         self.num_frames = self.sketch.system.defaults.clip[0]
 
@@ -253,7 +260,7 @@ class Published:
 
         assert isinstance(request.sampling, PublishedSampling)
         dtype = {"stored": None, "fp32": torch.float32, "bf16": torch.bfloat16}[request.sampling.precision]
-        pipeline = load(self.folder, dtype=dtype, adapters=self.adapters)
+        pipeline = load(self.folder, dtype=dtype, device=self.device, adapters=self.adapters)
         assert isinstance(pipeline, PublishedPipeline)
         yield pipeline.generate(
             [request.prompt],
@@ -384,8 +391,8 @@ def _first_frame(image: Path, height: int, width: int) -> "Tensor":
     return read_clip(image, num_frames=1, size=(height, width)).to_float()[None, :, 0]
 
 
-def _warn_of_differences(told: "Provenance") -> None:
-    differences = told.differences_here()
+def _warn_of_differences(told: "Provenance", device: "torch.device") -> None:
+    differences = told.differences_here(device)
     if differences:
         warn(f"the last bits may differ: {'; '.join(differences)}")
     if told.interrupted_after is not None:

@@ -27,10 +27,11 @@ weights. A training step is three forwards; a generated clip is one forward per 
 them) and one decoding.
 Of held memory only weights, gradients, two moments and an average, 4 bytes each, follow from that."""
 TIMED = """\
-Time: every operation of a step, carried out alone on this machine, times how often it occurs, and what Python needs for a call.
-Memory: what a step's tensors hold at their peak, walked without data, in a heap that keeps what is freed; a checkpoint is copied
-before it is written. The peak is process + weights + average + states + the larger of both peaks + holes. A sample counts
-every evaluation of the network, and decoding. Validation and previews come on top (docs/planning.md)."""
+Time: every operation, carried out alone on this machine, times how often it occurs, and what Python needs for a call; rendering
+and decoding as a few clips took. Needs: what the process and its tensors take at their peak, walked without data; in training
+that is process + weights + average + states + the larger of both peaks + holes, and a copy where there are checkpoints.
+Resident: needs, what earlier stages freed and the process keeps, and the store's files as they are read, which the system takes
+back where memory is short. A sample counts every evaluation of the network, and decoding (docs/planning.md)."""
 MODEL_FORMULA = """\
 One forward of one clip, a multiply-add being two FLOPs; attention is its share. Held: weights, gradients, two moments and
 an average, 4 bytes each."""
@@ -167,16 +168,21 @@ def _plan_recipe(
         return
     print(FORMULA)
 
-    from reelflow.recipes import forecast
+    from reelflow.recipes import forecast, rehearsal
+    from reelflow.recipes.recipe import FolderData
     from reelflow.training.meters import duration
 
-    rates = forecast.measured_rates(recipe.dit.training.precision)
-    process = forecast.process_bytes(recipe.dit.training.precision)
-    found = forecast.forecast(recipe, rates, process)
+    rates = rehearsal.measured_rates(recipe.dit.training.precision)
+    process, media = rehearsal.process_bytes(recipe.dit.training.precision), rehearsal.measured_media(recipe)
+    found = forecast.forecast(recipe, rates, process, media)
+    if media is None and isinstance(recipe.data, FolderData):
+        print(
+            f"{recipe.data.folder} is not there, so {forecast.CLIPS:,} clips are assumed, and their decoding is left out"
+        )
     for table in (_stages(found, costs, price), _memory(found)):
         stdout().print(table)
-    limit = limit or forecast.machine_bytes()
-    print(f"in all {duration(found.seconds)}{_money(found.seconds, price)}, at most {readable(found.peak)}")
+    limit = limit or rehearsal.machine_bytes()
+    print(f"in all {duration(found.seconds)}{_money(found.seconds, price)}; {_fullest(found)}")
     print(TIMED)
     for stage in found.stages:
         if stage.peak <= limit:
@@ -247,20 +253,41 @@ def _print_times(recipe: "Recipe", costs: Costs, share: float) -> None:
 def _stages(found: "Forecast", costs: Costs, price: float | None) -> Table:
     from reelflow.training.meters import duration
 
-    table = Table("stage", "how often", "each", "GFLOP/s", "in all", *(["cost"] if price is not None else []), "peak")
-    flops = {"autoencoder": costs.vae_step, "transformer": costs.dit_step, "latents": costs.vae.encode_flops}
-    for stage in found.stages:
-        each = flops.get(stage.name, costs.clip)
+    table = Table(
+        "stage", "how often", "each", "GFLOP/s", "in all", *(["cost"] if price is not None else []), "needs", "resident"
+    )
+    flops = {
+        ("autoencoder", "step"): costs.vae_step,
+        ("transformer", "step"): costs.dit_step,
+        ("latents", "clip"): costs.vae.encode_flops,
+        ("sample", "clip"): costs.clip,
+    }
+    for stage, resident in zip(found.stages, found.resident, strict=True):
+        each = flops.get((stage.name, stage.unit))
         table.add_row(
             stage.name,
             f"{stage.count:,} {stage.unit}{'s' if stage.count > 1 else ''}",
             f"{1e3 * stage.seconds_each:,.0f} ms",
-            f"{each / stage.seconds_each / 1e9:,.0f}",
+            "" if each is None else f"{each / stage.seconds_each / 1e9:,.0f}",
             duration(stage.seconds),
             *([] if price is None else [f"{price * stage.seconds / 3600:,.2f}"]),
             f"{stage.peak / 2**20:,.0f} MiB",
+            f"{resident / 2**20:,.0f} MiB",
         )
     return table
+
+
+def _fullest(found: "Forecast") -> str:
+    """Say when a run has the most in memory, and of what."""
+    from reelflow.models.budget import readable
+
+    index = found.fullest
+    stage, resident = found.stages[index], found.resident[index]
+    parts = {"the process": found.process, "its tensors": stage.peak - found.process}
+    parts |= {"kept of earlier stages": resident - stage.files - stage.peak, "mapped files": stage.files}
+    told = ", ".join(f"{readable(part)} {name}" for name, part in parts.items() if part)
+    where = stage.name if stage.unit in ("step", "clip") else f"{stage.name}'s {stage.unit}"
+    return f"at most {readable(resident)}, in {where}: {told}"
 
 
 def _memory(found: "Forecast") -> Table:

@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reelflow.errors import ConfigError, MediaError
 
-__all__ = ["INTERRUPTED", "interruptible", "new_file", "parse_size", "progress_bar", "stdout", "warn"]
+__all__ = ["INTERRUPTED", "Device", "interruptible", "new_file", "parse_size", "progress_bar", "stdout", "warn"]
 
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+Device = Annotated[
+    str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto is the accelerator, where there is one.")
+]
 
 
 def stdout() -> Console:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from reelflow.cli.recipes import find_recipe, known_recipes
-from reelflow.cli.terminal import INTERRUPTED, stdout
+from reelflow.cli.terminal import INTERRUPTED, Device, stdout
 from reelflow.errors import ConfigError
 
 __all__ = ["train"]
@@ -30,6 +30,7 @@ def train(
         typer.Option("--set", metavar="PATH=VALUE", help="Change a value, as in dit.training.steps=900."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Your folder of videos, for the recipe folder or a system.")] = None,
+    device: Device = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="Say which recipes there are.")] = False,
 ) -> int:
     """Train a model from a recipe, or an adapter of a published system.
@@ -44,7 +45,7 @@ def train(
         raise ConfigError("give a recipe, such as: reelflow train world; --list says which there are")
 
     if (Path(recipe) / "model_index.json").is_file():
-        return _tune(Path(recipe), data, out, assignments or [])
+        return _tune(Path(recipe), data, out, assignments or [], device)
     from reelflow.cli.plan import Costs, summary
     from reelflow.data.folder import list_videos
     from reelflow.recipes.recipe import FolderData
@@ -61,7 +62,7 @@ def train(
         print(summary(chosen, Costs.of(chosen)))
     folder = out or Path("runs") / recipe
     try:
-        model = run(chosen, folder, console=stdout()).model
+        model = run(chosen, folder, device=device, console=stdout()).model
     except KeyboardInterrupt:
         model = None
     if model is None:
@@ -73,7 +74,7 @@ def train(
     return 0
 
 
-def _tune(system: Path, data: Path | None, out: Path | None, assignments: list[str]) -> int:
+def _tune(system: Path, data: Path | None, out: Path | None, assignments: list[str], device: str) -> int:
     """Learn an adapter of a published system."""
     from reelflow.config import set_values
     from reelflow.data.folder import list_videos
@@ -85,7 +86,7 @@ def _tune(system: Path, data: Path | None, out: Path | None, assignments: list[s
     config = set_values(tuning(str(system.resolve()), str(data.resolve())), assignments)
     folder = out or Path("runs") / f"{system.resolve().name}-adapter"
     try:
-        adapter = tune(config, folder, console=stdout())
+        adapter = tune(config, folder, device=device, console=stdout())
     except KeyboardInterrupt:
         adapter = None
     if adapter is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
-from reelflow.cli.terminal import INTERRUPTED, interruptible, new_file, parse_size, progress_bar, stdout, warn
+from reelflow.cli.terminal import INTERRUPTED, Device, interruptible, new_file, parse_size, progress_bar, stdout, warn
 from reelflow.errors import CheckpointError, ConfigError, MediaError, nearest
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def encode(
     fps: Annotated[float | None, typer.Option(help="Frames per second to take [default: the video's].")] = None,
     memory: Memory = None,
     dtype: Precision = "float32",
+    device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of this name.")] = False,
 ) -> None:
     """Encode a video to latents. An autoencoder that streams reads it chunk by chunk."""
@@ -126,7 +127,9 @@ def encode(
     from reelflow.generation.provenance import file_sha256
     from reelflow.models.parts import frames as frames_of
     from reelflow.models.weights import write_tensors
+    from reelflow.parallel.device import take_device
 
+    place = take_device(device)
     new_file(out, ".safetensors", overwrite=overwrite)
     found, told = find(str(folder)), probe(video)
     config = found.vae.config
@@ -141,26 +144,26 @@ def encode(
     latents = config.latent_shape(num_frames, height, width)[1:]
     shape = (1, 3, num_frames, height, width)
     network = found.vae.to(getattr(torch, dtype))
-    plan = network.plan_encode(shape, _memory(memory))
+    plan = network.plan_encode(shape, _memory(memory, place))
     _say(f"encoding {num_frames} frames of {width} x {height}", plan, latents)
-    network = load(found, getattr(torch, dtype))
+    network = load(found, getattr(torch, dtype)).to(place)
 
     def clip(first: int, last: int) -> "torch.Tensor":
         read = read_clip(video, num_frames=last - first, fps=fps, start=first / fps, size=(height, width))
-        return read.to_float()[None].to(network.latent_std.dtype)
+        return read.to_float()[None].to(place, network.latent_std.dtype)
 
     start, means, logvars, state = time.perf_counter(), [], [], None
     with progress_bar("frames", "frames") as show, torch.no_grad():
         if plan.chunk == latents[0] or plan.tile != latents[1:]:
-            posterior = network.encode(clip(0, num_frames), memory=_memory(memory))
-            means, logvars = [posterior.mean[0]], [posterior.logvar[0]]
+            posterior = network.encode(clip(0, num_frames), memory=_memory(memory, place))
+            means, logvars = [posterior.mean[0].cpu()], [posterior.logvar[0].cpu()]
         else:
             for begin in range(0, latents[0], plan.chunk):
                 part = frames_of(begin, min(begin + plan.chunk, latents[0]), config.temporal_stride)
                 made, state = network.encode_chunk(clip(part.start, part.stop), state)
                 assert made is not None
-                means.append(made.mean[0])
-                logvars.append(made.logvar[0])
+                means.append(made.mean[0].cpu())
+                logvars.append(made.logvar[0].cpu())
                 show(part.stop, num_frames)
     seconds = time.perf_counter() - start
     metadata = {
@@ -193,6 +196,7 @@ def decode(
     memory: Memory = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second [default: as the latents say].")] = None,
     dtype: Precision = "float32",
+    device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file of this name.")] = False,
 ) -> int:
     """Decode latents to a video. Written while it is decoded; Ctrl-C keeps what there is."""
@@ -201,7 +205,9 @@ def decode(
     from reelflow.data.video import VideoWriter
     from reelflow.generation.pipeline import to_frames
     from reelflow.models.budget import Budgeted
+    from reelflow.parallel.device import take_device
 
+    place = take_device(device)
     new_file(out, overwrite=overwrite)
     found = find(str(folder))
     x, metadata = _read_latents(latents, found)
@@ -218,10 +224,10 @@ def decode(
     if stream and memory is None:
         plan = Budgeted(1, (extent[1], extent[2]), 0, exact=True, peak=0)
     else:
-        plan = network.plan_decode(x.shape, _memory(memory), collected=not stream)
+        plan = network.plan_decode(x.shape, _memory(memory, place), collected=not stream)
     num_frames, height, width = network.config.clip_shape(*extent)
     _say(f"decoding {num_frames} frames of {width} x {height}", plan, extent)
-    network = load(found, getattr(torch, dtype))
+    network = load(found, getattr(torch, dtype)).to(place)
 
     start = time.perf_counter()
     with (
@@ -229,7 +235,7 @@ def decode(
         progress_bar("frames", "frames") as show,
         VideoWriter(out, fps=rate) as writer,
     ):
-        for part in network.decode_parts(x.to(network.latent_std.dtype), plan):
+        for part in network.decode_parts(x.to(place, network.latent_std.dtype), plan):
             writer.write(to_frames(part[0].float()).contiguous())
             del part
             show(writer.num_frames, num_frames)
@@ -251,35 +257,38 @@ def bench(
     lengths: Annotated[str, typer.Option("--frames", help="Lengths of clips, as in 17,33,65.")] = "17,33,65",
     memory: Memory = None,
     dtype: Precision = "float32",
+    device: Device = "auto",
 ) -> None:
     """Measure encoding and decoding against the length of a clip. Weights of a size are random; peaks are planned ones."""
     import torch
     from rich.table import Table
 
     from reelflow.models.budget import readable
+    from reelflow.parallel.device import take_device
 
+    place = take_device(device)
     found = find(which)
     height, width = parse_size(size) if size else found.clip[1:]
     counts = [int(part) for part in re.findall(r"\d+", lengths)]
     config = found.vae.config
     extents = [config.latent_shape(count, height, width) for count in counts]
-    limit = _memory(memory)
-    network = load(found, getattr(torch, dtype))
+    limit = _memory(memory, place)
+    network = load(found, getattr(torch, dtype)).to(place)
     table = Table("frames", "encode, s", "frames/s", "peak", "in", "decode, s", "frames/s", "peak", "in")
     with progress_bar("clips", "clips") as show, torch.no_grad():
         for done, (count, extent) in enumerate(zip(counts, extents, strict=True)):
-            clip = torch.zeros(1, 3, count, height, width, dtype=network.latent_std.dtype)
+            clip = torch.zeros(1, 3, count, height, width, dtype=network.latent_std.dtype, device=place)
             plans = network.plan_encode(clip.shape, limit), network.plan_decode((1, *extent), limit)
             start = time.perf_counter()
-            latents = network.encode(clip, memory=limit).mean
+            latents = network.encode(clip, memory=limit).mean.cpu()  # so that it is done
             middle = time.perf_counter()
-            network.decode(latents, memory=limit)
+            network.decode(latents.to(place), memory=limit).cpu()
             cells = [f"{count}"]
             for seconds, plan in ((middle - start, plans[0]), (time.perf_counter() - middle, plans[1])):
                 cells += [f"{seconds:.2f}", f"{count / seconds:.3g}", readable(plan.peak), _parts(plan, extent[1:])]
             table.add_row(*cells)
             show(done + 1, len(counts))
-    print(f"{found.name}: clips of {width} x {height}, {dtype}, {torch.get_num_threads()} threads")
+    print(f"{found.name}: clips of {width} x {height}, {dtype}, {place}, {torch.get_num_threads()} threads")
     stdout().print(table)
 
 
@@ -301,6 +310,7 @@ def train(
         typer.Option("--set", metavar="PATH=VALUE", help="Change a value, as in vae.training.steps=900."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Your folder of videos, for a recipe on one.")] = None,
+    device: Device = "auto",
 ) -> int:
     """Train an autoencoder. The same command goes on with a run that was stopped or killed; Ctrl-C keeps what there is."""
     from reelflow.data.folder import list_videos
@@ -320,7 +330,7 @@ def train(
         f"{training.steps} steps of {training.batch_size * training.accumulate} crops of {frames} x {size} x {size}"
     )
     try:
-        weights = train_autoencoder(recipe, folder, console=stdout())
+        weights = train_autoencoder(recipe, folder, device=device, console=stdout())
     except KeyboardInterrupt:
         weights = None
     if weights is None:
@@ -415,7 +425,8 @@ def find(which: str) -> Found:
     network, family = empty_vae(path)
     same = [size.clip for size in family.sizes.values() if size.config == network.config]
     clip = same[0] if same else next(iter(family.sizes.values())).clip
-    return Found(str(path), network, clip, tuple(sorted(path.glob("*.safetensors"))), "published")
+    files = (path,) if path.is_file() else tuple(sorted(path.glob("*.safetensors")))
+    return Found(str(path), network, clip, files, "published")
 
 
 def load(found: Found, dtype: "torch.dtype") -> "CausalVAE":
@@ -474,12 +485,16 @@ def _read_latents(path: Path, found: Found) -> "tuple[torch.Tensor, dict[str, st
     return latents.reshape(1, *shape), stored.metadata
 
 
-def _memory(asked: str | None) -> int:
+def _memory(asked: str | None, device: "torch.device") -> int:
     """Return bytes: those asked for, or half of what is free."""
     from reelflow.models.budget import in_bytes
 
     if asked is not None:
         return in_bytes(asked)
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] // 2
     try:
         free = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:

@@ -8,7 +8,7 @@ Items of several sizes are grouped by `Packed`, each batch as much work as any o
 shape. Then an epoch is a plan: every item in one of its batches, the batches in shuffled order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -22,7 +22,7 @@ from reelflow.config import configuration, to_dict
 from reelflow.data.ahead import Ahead
 from reelflow.errors import ConfigError, DataError
 
-__all__ = ["Buckets", "Packed", "Plan", "ShuffledBatches", "Size"]
+__all__ = ["Buckets", "Packed", "Plan", "ShuffledBatches", "Size", "check_room"]
 
 Batch = TypeVar("Batch")
 ORDER, DRAWS = 0, 1  # the two independent streams of randomness under one seed
@@ -71,6 +71,21 @@ class Size(NamedTuple):
     flops: float
 
 
+def check_room(grouping: Packed | Buckets, sizes: Iterable[Size]) -> None:
+    """Refuse items of which one is larger than a batch.
+
+    Raises:
+        ConfigError: one is, or there are none.
+    """
+    largest = max((size.tokens for size in sizes), default=0)
+    if not 0 < largest <= grouping.tokens:
+        raise ConfigError(
+            f"a batch of {grouping.tokens} tokens cannot hold an item of {largest}; nearest: tokens={largest}"
+            if largest
+            else "there are no items to make batches of"
+        )
+
+
 class Plan:
     """How items of several sizes make the batches of an epoch: each in exactly one, and none too large for its batch.
 
@@ -82,13 +97,7 @@ class Plan:
     """
 
     def __init__(self, grouping: Packed | Buckets, sizes: Sequence[Size]) -> None:
-        largest = max((size.tokens for size in sizes), default=0)
-        if not sizes or largest > grouping.tokens:
-            raise ConfigError(
-                f"a batch of {grouping.tokens} tokens cannot hold an item of {largest}; nearest: tokens={largest}"
-                if sizes
-                else "there are no items to make batches of"
-            )
+        check_room(grouping, sizes)
         self.grouping = grouping
         self.num_items, self.num_tokens = len(sizes), sum(size.tokens for size in sizes)
         alike: dict[Size, list[int]] = {}

@@ -2,7 +2,8 @@
 
     SET/shard-00000.tar    KEY.safetensors, KEY.json and perhaps more (KEY.mp4), one sample after the other
     SET/shard-00000.json   where each sample lies in the tar, and the SHA-256 of its bytes
-    SET/index.json         what made the set, its shards, their sizes and hashes; replaced after each shard
+    SET/index.json         what made the set, its shards, their sizes and hashes, and the shapes of the tensors of every
+                           sample; replaced after each shard
 
 A sample is one range of bytes, so it can be read and checked without the rest of its shard. A shard that `index.json`
 does not name is not there: a writer that was killed loses the shard it was filling and nothing else.
@@ -16,15 +17,16 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 
 import torch
 from fsspec.core import url_to_fs
+from jaxtyping import Int64
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -36,6 +38,7 @@ from reelflow.errors import ConfigError, DataError
 
 __all__ = [
     "Sample",
+    "Shapes",
     "ShardSet",
     "ShardWriter",
     "ShardsReport",
@@ -48,6 +51,7 @@ INDEX = "index.json"
 BLOCK = 512  # of a tar file
 END = bytes(2 * BLOCK)
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # WebDataset ends a key at the first dot
+RUN = re.compile(r"(\d{1,9})(?:\*(\d{1,9}))?")
 SUFFIX = re.compile(r"[a-z0-9]{1,15}")
 LISTINGS = 64  # kept in memory, of the shards read last
 
@@ -67,6 +71,13 @@ class Sample:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
+class Shapes(NamedTuple):
+    """The shapes that a tensor has in a set, in order, and which of them it has in each sample."""
+
+    found: tuple[tuple[int, ...], ...]
+    which: Int64[Tensor, " N"]
+
+
 @configuration
 class _Place:
     """One sample in a tar: its bytes, headers and all, and where each member's contents begin and how long they are."""
@@ -76,6 +87,14 @@ class _Place:
     size: int
     sha256: str
     members: dict[str, tuple[int, int]]  # counted from `start`
+
+
+class _Filled(NamedTuple):
+    """A sample in the shard at hand."""
+
+    place: _Place
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    digest: Any  # of the tar up to the sample's end
 
 
 @configuration
@@ -90,11 +109,13 @@ class _Shard:
     num_bytes: int
     sha256: str  # of the tar
     listing_sha256: str
+    shapes: tuple[dict[str, tuple[int, ...]], ...]  # of the tensors: the kinds of sample there are
+    kinds: str  # of the samples in turn; "0*512 1 0*3": 512 of the first kind, one of the second, three of the first
 
 
 @configuration
 class _Index:
-    format: Literal[1]
+    format: Literal[2]
     fingerprint: dict[str, Any]
     finished: bool
     shards: tuple[_Shard, ...] = ()
@@ -118,7 +139,7 @@ class ShardWriter:
         if shard_bytes < 1:
             raise ConfigError(f"shard_bytes must be at least 1, got {shard_bytes}")
         self.folder, self.shard_bytes = folder, shard_bytes
-        self._filled: list[tuple[_Place, Any]] = []  # of the shard at hand; the hash of the tar up to each one's end
+        self._filled: list[_Filled] = []  # the shard at hand
         self._tar: BinaryIO | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +162,7 @@ class ShardWriter:
         if not (self.folder / INDEX).exists():
             if ours:
                 raise DataError(f"{self.folder} holds {ours[0].name} but no {INDEX}; choose another folder")
-            index = _Index(1, fingerprint, finished=False)
+            index = _Index(2, fingerprint, finished=False)
             self._replace({INDEX: _json(index)})
             return index
         index = _parsed(_Index, (self.folder / INDEX).read_bytes(), str(self.folder / INDEX))
@@ -194,7 +215,8 @@ class ShardWriter:
         except OSError as error:
             raise DataError(f"cannot write {self.folder / self._next()}.tar: {error.strerror}") from error
         place = _Place(sample.key, start, len(data), hashlib.sha256(data).hexdigest(), members)
-        self._filled.append((place, digest))  # at once: an interrupted `add` has added all or nothing
+        shapes = tuple((name, tuple(x.shape)) for name, x in sorted(sample.tensors.items()))
+        self._filled.append(_Filled(place, shapes, digest))  # at once: an interrupted `add` has added all or nothing
         self._keys.add(sample.key)
         if start + len(data) >= self.shard_bytes:
             self.flush()
@@ -210,9 +232,17 @@ class ShardWriter:
         assert self._tar is not None
         name, (size, digest) = self._next(), self._end()
         digest.update(END)
-        listing = _json(_Listing(tuple(place for place, _ in self._filled)))
+        listing = _json(_Listing(tuple(filled.place for filled in self._filled)))
+        kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], int] = {}
+        each = [kinds.setdefault(filled.shapes, len(kinds)) for filled in self._filled]
         shard = _Shard(
-            name, len(self._filled), size + len(END), digest.hexdigest(), hashlib.sha256(listing).hexdigest()
+            name=name,
+            num_samples=len(self._filled),
+            num_bytes=size + len(END),
+            sha256=digest.hexdigest(),
+            listing_sha256=hashlib.sha256(listing).hexdigest(),
+            shapes=tuple(dict(kind) for kind in kinds),
+            kinds=_runs(each),
         )
         index = replace(self._index, finished=False, shards=(*self._index.shards, shard))
         try:
@@ -266,7 +296,7 @@ class ShardWriter:
         """Return the size of the shard at hand, and a hash of it to go on with."""
         if not self._filled:
             return 0, hashlib.sha256()
-        place, digest = self._filled[-1]
+        place, _, digest = self._filled[-1]
         return place.start + place.size, digest.copy()
 
     def _partial(self, name: str) -> Path:
@@ -354,6 +384,23 @@ class ShardSet:
         for number in range(len(self._index.shards)):
             yield from (place.key for place in self._listing(number).samples)
 
+    def shapes(self, name: str) -> Shapes:
+        """Return the shapes of a tensor, which the index knows.
+
+        Raises:
+            DataError: a sample has no such tensor, or the index is damaged.
+        """
+        found = {kind[name] for shard in self._index.shards for kind in shard.shapes if name in kind}
+        order = {shape: number for number, shape in enumerate(sorted(found))}
+        parts = []
+        for shard in self._index.shards:
+            missing = next((kind for kind in shard.shapes if name not in kind), None)
+            if missing is not None:
+                raise DataError(f"{self.name}/{shard.name}.tar has samples without {name!r}, of {', '.join(missing)}")
+            own = torch.tensor([order[kind[name]] for kind in shard.shapes])
+            parts.append(own[_kinds_of(shard, f"{self.name}/{INDEX}")])
+        return Shapes(tuple(order), torch.cat(parts))
+
     def read(self, number: int) -> Sample:
         """Read and check one sample.
 
@@ -407,6 +454,14 @@ class StoreSamples:
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def shapes(self, name: str) -> Shapes:
+        """Return the shape of a tensor, which all rows share.
+
+        Raises:
+            DataError: there is no such tensor.
+        """
+        return Shapes((self.store.shape(name),), torch.zeros(len(self), dtype=torch.int64))
 
     def read(self, number: int) -> Sample:
         """Read and check one row.
@@ -548,6 +603,23 @@ def _read_listing(data: bytes, shard: _Shard, what: str) -> _Listing:
     if hashlib.sha256(data).hexdigest() != shard.listing_sha256:
         raise DataError(f"{what} has other bytes than were written (SHA-256)")
     return _parsed(_Listing, data, what)
+
+
+def _runs(kinds: Iterable[int]) -> str:
+    counted = ((kind, len(list(run))) for kind, run in groupby(kinds))
+    return " ".join(f"{kind}*{count}" if count > 1 else str(kind) for kind, count in counted)
+
+
+def _kinds_of(shard: _Shard, what: str) -> Int64[Tensor, " N"]:
+    """Return which of a shard's kinds each sample is of."""
+    runs = [RUN.fullmatch(run) for run in shard.kinds.split(" ")]
+    kinds = [int(run[1]) for run in runs if run]
+    counts = [int(run[2] or 1) for run in runs if run]
+    if len(kinds) < len(runs) or max(kinds) >= len(shard.shapes) or sum(counts) != shard.num_samples:
+        raise DataError(
+            f"{what} is damaged: {shard.name} has {shard.num_samples} samples of kinds {shard.kinds[:40]!r}"
+        )
+    return torch.tensor(kinds).repeat_interleave(torch.tensor(counts))
 
 
 def _write(file: BinaryIO, start: int, data: bytes) -> None:

@@ -30,9 +30,11 @@ from reelflow.diffusion.process import Parameterization, Predict, as_read, combi
 from reelflow.diffusion.rollout import rollout_given
 from reelflow.diffusion.samplers import OnStep, Times
 from reelflow.errors import CheckpointError, ConfigError
+from reelflow.families.systems import is_system
 from reelflow.generation.sampling import Sampling, guided_by, sampler_of
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.packing import ShapeNumber, told_shape
 from reelflow.models.vae import CausalVAE, VAEConfig
 from reelflow.models.weights import files_sha256, load_weights, write_tensors
 from reelflow.nn.patchify import token_grid
@@ -67,8 +69,14 @@ class ModelCard:
     sampling: Sampling
     words: tuple[str, ...] = ()  # of its captions; without Sentences, it knows no others
     parameterization: Parameterization = Parameterization()  # what the transformer was taught to answer
+    tells: tuple[ShapeNumber, ...] = ()  # of a clip's shape, which the transformer is told as its numbers
 
     def __post_init__(self) -> None:
+        if len(self.tells) != len(self.dit.numbers):
+            raise ConfigError(
+                f"a transformer of {len(self.dit.numbers)} numbers is told as many of a clip's shape, not "
+                f"{', '.join(self.tells) or 'nothing'}; nearest: {len(self.tells)} in dit.numbers"
+            )
         answered = self.dit.out_channels or self.dit.in_channels
         wanted = self.vae.latent_channels * (2 if self.parameterization.learned_variance else 1)
         if answered != wanted:
@@ -150,7 +158,7 @@ class Stopped(Exception):
 
 
 class Pipeline:
-    """Text (and a first frame) to clips.
+    """Text (and a first frame) to clips, on the device where the networks are. Noise is drawn on the CPU.
 
     >>> pipeline = Pipeline.load(Path("runs/demo"))
     >>> clip = pipeline.generate(["a red ring moving left"], seed=1)        # B 3 T H W in [-1, 1]
@@ -160,7 +168,7 @@ class Pipeline:
         self.card, self.vae, self.dit = card, vae.eval(), dit.eval()
 
     @classmethod
-    def load(cls, folder: Path) -> "Pipeline":
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "Pipeline":
         """Read a model folder, or a run folder that holds one as `model/`.
 
         Raises:
@@ -171,7 +179,11 @@ class Pipeline:
         vae, dit = CausalVAE(card.vae), VideoDiT(card.dit)
         load_weights(folder / "vae.safetensors", vae)
         load_weights(folder / "dit.safetensors", dit)
-        return cls(card, vae, dit)
+        return cls(card, vae.to(device), dit.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.latent_std.device
 
     def save(self, folder: Path) -> None:
         """Write the model folder, whole or not at all.
@@ -265,13 +277,13 @@ class Pipeline:
         shape = (len(prompts), *self.card.vae.latent_shape(min(num_frames, window), clip.height, clip.width))
         if noise is not None and noise.shape != shape:
             raise ConfigError(f"the noise must be shaped {list(shape)}, got {list(noise.shape)}")
-        condition = self.text_condition(prompts)
+        condition = self.text_condition(prompts).to(self.device)
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
 
-        past, made = (None if image is None else image[:, :, None]), 0
+        past, made = (None if image is None else image[:, :, None].to(self.device)), 0
         total = num_frames if output == "clip" else self.card.vae.latent_shape(num_frames, clip.height, clip.width)[1]
         for chunk in range(num_chunks):
-            x = noise if chunk == 0 and noise is not None else _noise(shape, generators)
+            x = (noise if chunk == 0 and noise is not None else _noise(shape, generators)).to(self.device)
             latents, stopped = self._chunk(x, past, condition, generators, sampling, progress, (chunk, num_chunks))
             last = stopped or chunk == num_chunks - 1
             frames = latents.new_zeros(0) if last and output == "latents" else self._decode(latents, sampling)
@@ -311,7 +323,7 @@ class Pipeline:
         walk = sampler_of(sampling.sampler, generators)
         times: Times = sampling.times(space, token_grid(noise.shape[2:], self.card.dit.patch).num_tokens)
         with torch.no_grad(), self._autocast(sampling):
-            x = combine((levels(space.process, times[:1]).sigma, noise))
+            x = combine((levels(space.process, times[:1].to(noise.device)).sigma, noise))
             if past is not None:
                 given = self.vae.encode(past).mean.float()
                 x = torch.cat([given, x[:, :, given.shape[2] :]], dim=2)
@@ -327,10 +339,11 @@ class Pipeline:
             return x, stopped
 
     def _predict(self, condition: Condition, noise: Float[Tensor, "B C t h w"], sampling: Sampling) -> Predict:
-        space, null = self.card.parameterization, self.text_condition(len(noise) * [""])
+        space, null = self.card.parameterization, self.text_condition(len(noise) * [""]).to(noise.device)
 
         def under(c: Condition) -> Predict:
-            prepared = cache(lambda: self.dit.prepare(noise, c))  # when first asked, in the precision of that
+            told = told_shape(c, self.card.tells, noise)
+            prepared = cache(lambda: self.dit.prepare(noise, told))  # when first asked, in the precision of that
             return lambda x, t: self.dit(as_read(space.process, x, t), t, prepared()).float()
 
         return guided_by(
@@ -343,7 +356,7 @@ class Pipeline:
         )
 
     def _autocast(self, sampling: Sampling) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=sampling.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=sampling.precision == "bf16")
 
 
 def model_folder(folder: Path) -> Path:
@@ -358,7 +371,7 @@ def model_folder(folder: Path) -> Path:
     state = "is a run that has not finished training" if (folder / "recipe.json").is_file() else "holds no model.json"
     raise CheckpointError(
         f"{folder} {state if folder.is_dir() else 'does not exist'}; make a model with: reelflow train, or give the folder "
-        f"of a whole published system, which has a model_index.json"
+        f"of a whole published system, which has a model_index.json or is laid out as its repository"
     )
 
 
@@ -381,7 +394,7 @@ def fingerprint(folder: Path) -> str:
     Raises:
         CheckpointError: a file is missing.
     """
-    if (folder / "model_index.json").is_file():
+    if is_system(folder):
         files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".txt", ".model"))
     else:
         files = [model_folder(folder) / name for name in ("model.json", "vae.safetensors", "dit.safetensors")]
@@ -389,8 +402,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def to_frames(clip: Float[Tensor, "3 T H W"]) -> UInt8[Tensor, "T H W 3"]:
-    """Turn a clip in [-1, 1] into 8-bit frames."""
-    return ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+    """Turn a clip in [-1, 1] into 8-bit frames, in the memory of the CPU."""
+    return ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu()
 
 
 def _noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:

@@ -26,6 +26,7 @@ from reelflow.generation.sampling import Sampling
 __all__ = ["Asking", "Provenance", "file_sha256", "versions_here"]
 
 Asking = Sampling | PublishedSampling
+CPU = torch.device("cpu")
 
 
 @configuration
@@ -65,8 +66,9 @@ class Provenance:
         model: Path,
         image: Path | None,
         adapters: Sequence[AdapterUse] = (),
+        device: torch.device = CPU,
     ) -> "Provenance":
-        """Describe a request before it is carried out.
+        """Describe a request before it is carried out on `device`.
 
         Raises:
             CheckpointError: there is no model there, or an adapter is missing.
@@ -82,7 +84,7 @@ class Provenance:
             image=None if image is None else str(image.resolve()),
             image_sha256=None if image is None else file_sha256(image),
             num_threads=torch.get_num_threads(),
-            versions=versions_here(),
+            versions=versions_here(device),
             adapters=tuple(replace(use, file=str(Path(use.file).resolve())) for use in adapters),
             adapters_sha256=tuple(_adapter_sha256(Path(use.file)) for use in adapters),
         )
@@ -110,7 +112,9 @@ class Provenance:
         partial.write_text(json.dumps(to_dict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
 
-    def again(self, *, model: Path | None = None, image: Path | None = None) -> "Provenance":
+    def again(
+        self, *, model: Path | None = None, image: Path | None = None, device: torch.device = CPU
+    ) -> "Provenance":
         """Return the same request, put to the same model here; say where model and image are if they have moved.
 
         Raises:
@@ -126,6 +130,7 @@ class Provenance:
             model=model,
             image=image,
             adapters=self.adapters,
+            device=device,
         )
         if request.model_sha256 != self.model_sha256:
             raise CheckpointError(
@@ -145,9 +150,9 @@ class Provenance:
                 )
         return replace(request, num_threads=self.num_threads)
 
-    def differences_here(self) -> list[str]:
+    def differences_here(self, device: torch.device = CPU) -> list[str]:
         """Name the versions that differ from those at hand, which may show in the last bits of the frames."""
-        here = versions_here()
+        here = versions_here(device)
         return [
             f"{name} was {self.versions.get(name)}, now {here.get(name)}"
             for name in {**self.versions, **here}
@@ -155,11 +160,16 @@ class Provenance:
         ]
 
 
-def versions_here() -> dict[str, str]:
-    """Return what besides the request may move the last bits: software, and the processor's instruction set."""
+def versions_here(device: torch.device = CPU) -> dict[str, str]:
+    """Return what besides the request may move the last bits: software, the processor's instruction set, the accelerator."""
     packages = {name: version(name) for name in ("reelflow", "torch", "av")}
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {**packages, "python": platform.python_version(), "processor": processor}
+    found = {**packages, "python": platform.python_version(), "processor": processor}
+    if device.type == "cuda":
+        found["accelerator"] = torch.cuda.get_device_name(device)
+    elif device.type != "cpu":
+        found["accelerator"] = device.type
+    return found
 
 
 def file_sha256(path: Path) -> str:

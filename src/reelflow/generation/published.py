@@ -21,8 +21,8 @@ from reelflow.diffusion.process import Predict
 from reelflow.diffusion.rollout import rollout_given
 from reelflow.errors import ConfigError
 from reelflow.families.adapters import AdapterUse, apply_files
-from reelflow.families.system import Asked, Conditions, Expert, System
-from reelflow.families.systems import load_system
+from reelflow.families.system import Asked, Branches, Conditions, Expert, System
+from reelflow.families.systems import is_system, load_system
 from reelflow.generation.pipeline import Output, Pipeline, Progress, Stopped
 from reelflow.models.condition import Condition
 from reelflow.models.dit import Prepared, VideoDiT
@@ -46,18 +46,18 @@ def load(
 
     Raises:
         CheckpointError: the folder holds neither, its parts do not fit each other, or an adapter is of another network.
-        ConfigError: another type or device is asked of a model of ours, whose precision is its `sampling`'s; or it is not
-            said which of two networks an adapter is for.
+        ConfigError: another type is asked of a model of ours, whose precision is its `sampling`'s; or it is not said
+            which of two networks an adapter is for.
     """
     folder = Path(folder)
     uses = [use if isinstance(use, AdapterUse) else AdapterUse(*use) for use in adapters]
-    if (folder / "model_index.json").is_file():
+    if is_system(folder):
         system = load_system(folder, dtype=dtype, device=device)
         apply_files(system.experts, uses)
         return PublishedPipeline(system)
-    if dtype is not None or torch.device(device).type != "cpu":
-        raise ConfigError(f"{folder} is no published system: leave out dtype and device, and set sampling.precision")
-    pipeline = Pipeline.load(folder)
+    if dtype is not None:
+        raise ConfigError(f"{folder} is no published system: leave out dtype, and set sampling.precision")
+    pipeline = Pipeline.load(folder, device=device)
     apply_files([Expert(pipeline.dit)], uses)
     return pipeline
 
@@ -73,6 +73,7 @@ class PublishedSampling:
     num_steps: int | None = None
     guidance_scale: tuple[float, ...] | None = None  # one for all networks, or one for each; 1 = off
     embedded_guidance: float | None = None  # that a distilled network reads
+    picture_guidance: float | None = None  # away from clips that do not begin with the picture; 1 = off
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -85,7 +86,7 @@ class PublishedSampling:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, got {value}")
-        numbers = (*(self.guidance_scale or ()), self.embedded_guidance or 0.0)
+        numbers = (*(self.guidance_scale or ()), self.embedded_guidance or 0.0, self.picture_guidance or 0.0)
         if not all(map(math.isfinite, numbers)):
             raise ConfigError(f"guidance must be finite, got {numbers}; 1 turns it off")
 
@@ -120,12 +121,14 @@ class PublishedPipeline:
         Raises:
             ConfigError: see `check`.
         """
+        self._refuse(output)
         asked = self._asked(prompts, num_frames, image, seed, sampling, negative_prompts)
         shape = (len(prompts), *asked.latent_shape)
         if noise is not None and noise.shape != shape:
             raise ConfigError(f"the noise must be shaped {list(shape)}, got {list(noise.shape)}")
         scales = self._scales(sampling) if guidance is None else len(self.system.experts) * (guidance,)
         led = not all(isinstance(scale, float | int) and scale == 1 for scale in scales)
+        led = led or (image is not None and asked.picture_guidance not in (None, 1))
         conditions = self.system.conditions(replace(asked, guided=led))
         if noise is None:
             noise = torch.stack([torch.randn(shape[1:], generator=each) for each in asked.generators])
@@ -143,14 +146,20 @@ class PublishedPipeline:
         num_frames: int | None = None,
         image: Float[Tensor, "B 3 H W"] | None = None,
         sampling: PublishedSampling = PublishedSampling(),
+        output: Output = "clip",
     ) -> None:
         """Refuse what cannot be generated, before anything is computed; a sketch of the system is enough.
 
         Raises:
             ConfigError: the clip is of no size that the system makes, or what is given does not fit the prompts.
         """
+        self._refuse(output)
         self._asked(prompts, num_frames, image, 0, sampling, None)
         self._scales(sampling)
+
+    def _refuse(self, output: Output) -> None:
+        if output == "clip" and self.system.latents_only:
+            raise ConfigError(f"{self.system.latents_only}; nearest: generate(output='latents')")
 
     def clip(self, num_frames: int | None, sampling: PublishedSampling) -> tuple[int, int, int]:
         """Return frames, height and width of what is asked."""
@@ -178,6 +187,10 @@ class PublishedPipeline:
         embedded = sampling.embedded_guidance
         if embedded is not None and defaults.embedded_guidance is None:
             raise ConfigError("the network reads no guidance: leave out embedded_guidance, and set guidance_scale")
+        pictured = sampling.picture_guidance
+        if pictured is not None and (image is None or defaults.picture_guidance is None):
+            reason = "there is no picture" if image is None else "guidance does not tell the picture from the prompt"
+            raise ConfigError(f"{reason}: leave out picture_guidance")
         asked = Asked(
             prompts=prompts,
             negative=negative_prompts or len(prompts) * [negative],
@@ -189,6 +202,7 @@ class PublishedPipeline:
             embedded_guidance=defaults.embedded_guidance if embedded is None else embedded,
             latent_shape=shape,
             generators=[torch.Generator().manual_seed(seed + index) for index in range(len(prompts))],
+            picture_guidance=defaults.picture_guidance if pictured is None else pictured,
         )
         if image is not None and shape[1] == 1:
             near = 1 + self.system.vae.config.temporal_stride
@@ -238,7 +252,7 @@ class PublishedPipeline:
         x = noise.to(weights.device, torch.promote_types(weights.dtype, torch.float32))
         if conditions.start is not None:
             x = conditions.start(x)
-        times = self.system.times(num_steps, token_grid(x.shape[2:], patch).num_tokens)
+        times = self.system.times(num_steps, token_grid(x.shape[2:], patch))
         if conditions.known is not None:
             known = conditions.known.to(x)
             x = torch.cat([known, x[:, :, known.shape[2] :]], dim=2)
@@ -246,9 +260,10 @@ class PublishedPipeline:
         on_step = progress.after(lambda latents: self._decode(latents[:, :, filling:]), before=0, total=num_steps)
         sampler, predict = walk.sampler(generators), self._predict(conditions, scales, times)
         try:
-            return sampler(predict, x, times, parameterization=walk.parameterization, on_step=on_step)
+            x = sampler(predict, x, times, parameterization=walk.parameterization, on_step=on_step)
         except Stopped as early:
-            return early.estimate
+            x = early.estimate
+        return x if conditions.end is None else conditions.end(x)
 
     def _decode(self, latents: Float[Tensor, "B C t h w"]) -> Float[Tensor, "B 3 T H W"]:
         weights = next(self.system.vae.parameters())
@@ -259,13 +274,18 @@ class PublishedPipeline:
         """Return the guided prediction, of whichever expert works at the time asked for."""
         guided_experts, share = [], self.system.rescale
         for expert, scale in zip(self.system.experts, scales, strict=True):
-            cond, uncond = (
+            cond, uncond, nothing = (
                 None if each is None else self._under(expert.network, each, conditions.token_rate, times)
-                for each in (conditions.cond, conditions.uncond)
+                for each in (conditions.cond, conditions.uncond, conditions.nothing)
             )
             assert cond is not None
-            whole = steered(cond, away_from(uncond, scale=scale), rescale(phi=share)) if share else None
-            guided_experts.append((expert.until, whole or guided(cond, uncond, scale=scale)))
+            if conditions.steer is not None:
+                whole = conditions.steer(Branches(cond, uncond, nothing, scale, times))
+            elif share:
+                whole = steered(cond, away_from(uncond, scale=scale), rescale(phi=share))
+            else:
+                whole = guided(cond, uncond, scale=scale)
+            guided_experts.append((expert.until, whole))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             t = self.system.walk.fed(t.double())

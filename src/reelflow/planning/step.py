@@ -7,10 +7,10 @@ Holes are what an allocator that keeps freed memory cannot fill again. The secon
 Deep networks are walked with two and with three units of each run of like blocks, and continued as a line.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from reelflow.models.blocks import Layer
 from reelflow.models.dit import DiTConfig, VideoDiT
 from reelflow.planning.memory import example, repeats
 from reelflow.planning.walk import Counts, Kernel, Walk
 
 __all__ = [
+    "Batch",
     "Build",
+    "Once",
     "Precision",
     "Step",
     "Update",
+    "run_deep",
     "run_once",
     "shaped",
     "train_step",
@@ -36,8 +38,17 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16"]
-Build = Callable[[], tuple[nn.Module, Callable[[], Tensor]]]
-"""Makes a model, and a function to the loss of one batch, whose inputs it makes too."""
+
+
+class Batch(NamedTuple):
+    """A function to the loss of a batch, whose inputs it makes too, and the share of steps that have such batches."""
+
+    loss: Callable[[], Tensor]
+    share: float = 1.0
+
+
+Build = Callable[[], tuple[nn.Module, Sequence[Batch]]]
+"""Makes a model, and each kind of batch that it learns from."""
 Update = Callable[[nn.Module], Callable[[], object]]
 """Makes of a model, once, what moves its weights after each backward pass, and all that this needs to remember."""
 
@@ -53,6 +64,7 @@ class Step:
     activations: int  # at their peak, beside the gradients that exist by then are counted here too
     update: int  # the most that the update needs for a moment, beside gradients
     holes: int
+    pages: int  # of the peak, what goes back to the system: tensors so large that they have pages of their own
     passes: Counts  # forward and backward, of all batches of the step
     moves: Counts  # of the update
     num_calls: int | float  # of operations, those that only look at a tensor anew among them
@@ -102,19 +114,15 @@ def transformer_step(
         ConfigError: the extents do not fit the patch or a pattern of attention.
     """
 
-    def walked(layers: Sequence[Layer]) -> _Walked:
-        shallow = replace(config, layers=tuple(layers))
+    def walked(shallow: DiTConfig) -> _Walked:
         build = transformer(shallow, latent_shape, context_tokens, batch=batch, masked=masked, prepare=prepare)
         return _walk(build, update, accumulate, precision)
 
-    runs = repeats(config.layers)
-    short = walked([layer for unit, count in runs for layer in min(count, 2) * unit])
+    shallow, longer = _depths(config)
+    short = walked(shallow)
     step = short.step
-    for index, (_, count) in enumerate(runs):
-        if count > 2:
-            lengths = [3 if i == index else min(n, 2) for i, (_, n) in enumerate(runs)]
-            longer = walked([layer for (unit, _), n in zip(runs, lengths, strict=True) for layer in n * unit])
-            step = _continued(step, short.step, longer.step, count - 2)
+    for deeper, times in longer:
+        step = _continued(step, short.step, walked(deeper).step, times)
     # What the update needs for a moment depends on all of the weights together: it is walked for all.
     with FakeTensorMode(), Walk() as walk:
         model = VideoDiT(config)
@@ -140,7 +148,7 @@ def transformer(
 ) -> Build:
     """Return a transformer and its loss: the mean squared error of a velocity."""
 
-    def build() -> tuple[nn.Module, Callable[[], Tensor]]:
+    def build() -> tuple[nn.Module, Sequence[Batch]]:
         model = VideoDiT(config)
         prepare(model)
 
@@ -156,7 +164,7 @@ def transformer(
                 output = output[:, : target.shape[1]]
             return (output - target).square().mean()
 
-        return model, loss
+        return model, [Batch(loss)]
 
     return build
 
@@ -176,40 +184,84 @@ def shaped(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def run_once(run: Callable[[], object]) -> tuple[int, Counter[Kernel], int]:
-    """Return the peak in bytes, the operations and the number of calls of something that needs no gradients."""
+class Once(NamedTuple):
+    """What something takes that needs no gradients."""
+
+    peak: int  # bytes
+    pages: int  # of them, as in `Step`
+    kernels: Counts
+    num_calls: int
+
+
+def run_once(run: Callable[[], object]) -> Once:
+    """Walk something that needs no gradients."""
     with FakeTensorMode(), Walk() as walk, torch.no_grad():
         run()
-    return walk.heap.peak, walk.kernels, walk.num_calls
+    return Once(walk.heap.peak, walk.heap.pages, walk.kernels, walk.num_calls)
+
+
+def run_deep(config: DiTConfig, run: Callable[[DiTConfig], object]) -> Once:
+    """Walk something that needs no gradients and makes a transformer, and continue it to the whole depth."""
+    shallow, longer = _depths(config)
+    short = run_once(partial(run, shallow))
+    peak, pages, kernels, num_calls = short
+    for deeper, times in longer:
+        more = run_once(partial(run, deeper))
+        peak += times * (more.peak - short.peak)
+        pages += times * (more.pages - short.pages)
+        kernels = _more(kernels, short.kernels, more.kernels, times)
+        num_calls += times * (more.num_calls - short.num_calls)
+    return Once(peak, pages, kernels, num_calls)
+
+
+def _depths(config: DiTConfig) -> tuple[DiTConfig, list[tuple[DiTConfig, int]]]:
+    """Return a transformer of at most two units of each run of like blocks, and those of three, with how many are left."""
+    runs = repeats(config.layers)
+    shallow = [min(count, 2) for _, count in runs]
+
+    def of(lengths: Sequence[int]) -> DiTConfig:
+        layers = [layer for (unit, _), count in zip(runs, lengths, strict=True) for layer in count * unit]
+        return replace(config, layers=tuple(layers))
+
+    deeper = [(index, count - 2) for index, (_, count) in enumerate(runs) if count > 2]
+    return of(shallow), [(of([*shallow[:index], 3, *shallow[index + 1 :]]), times) for index, times in deeper]
+
+
+def _more(counts: Counts, short: Counts, longer: Counts, times: int | float) -> dict[Kernel, int | float]:
+    """Add to counts, `times` over, what the longer ones have more than the short."""
+    found = dict(counts)
+    for kernel in {**longer, **short}:
+        found[kernel] = found.get(kernel, 0) + times * (longer.get(kernel, 0) - short.get(kernel, 0))
+    return {kernel: count for kernel, count in found.items() if count > 0}
 
 
 def _walk(build: Build, update: Update, accumulate: int, precision: Precision) -> _Walked:
     cast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
     with FakeTensorMode(), Walk() as walk:
-        model, loss = build()
+        model, batches = build()
         weights = walk.alive
         move = update(model)
         average = walk.alive - weights
-        peak = 0
-        for _ in range(2):
-            kernels: Counter[Kernel] = Counter()
-            for index in range(min(accumulate, 2)):
-                with walk.phase() as passes:
-                    with cast:
-                        value = loss()
-                    value.backward()
-                    del value
-                times = 1 if index == 0 else accumulate - 1
-                kernels += Counter({kernel: times * count for kernel, count in passes.kernels.items()})
-                calls = passes.num_calls
-                if index == 0:
-                    held = passes.start
-                peak = max(peak, passes.peak)
-            gradients = passes.end - held
-            with walk.phase() as moves:
-                move()
-            for parameter in model.parameters():
-                parameter.grad = None
+        for _ in range(2):  # the optimiser has its states in the second round
+            peak, calls, kernels = 0, 0.0, dict[Kernel, int | float]()
+            for loss, share in batches:
+                for index in range(min(accumulate, 2)):
+                    with walk.phase() as passes:
+                        with cast:
+                            value = loss()
+                        value.backward()
+                        del value
+                    times = share if index == 0 else share * (accumulate - 1)
+                    kernels = _more(kernels, {}, passes.kernels, times)
+                    calls += times * passes.num_calls
+                    if index == 0:
+                        held = passes.start
+                    peak = max(peak, passes.peak)
+                gradients = passes.end - held
+                with walk.phase() as moves:
+                    move()
+                for parameter in model.parameters():
+                    parameter.grad = None
     states = held - weights - average
     step = Step(
         weights=weights,
@@ -219,9 +271,10 @@ def _walk(build: Build, update: Update, accumulate: int, precision: Precision) -
         activations=peak - held,
         update=moves.peak - max(moves.start, moves.end),
         holes=0,
-        passes=dict(kernels),
+        pages=walk.heap.pages,
+        passes=kernels,
         moves=dict(moves.kernels),
-        num_calls=accumulate * calls + moves.num_calls,
+        num_calls=calls + moves.num_calls,
     )
     return _Walked(replace(step, holes=max(0, walk.heap.peak - step.peak)), step.peak)
 
@@ -232,10 +285,6 @@ def _continued(step: Step, short: Step, longer: Step, times: int) -> Step:
     def line(name: str) -> int | float:
         return getattr(step, name) + times * (getattr(longer, name) - getattr(short, name))
 
-    passes = dict(step.passes)
-    for kernel in {**longer.passes, **short.passes}:
-        more = times * (longer.passes.get(kernel, 0) - short.passes.get(kernel, 0))
-        passes[kernel] = passes.get(kernel, 0) + more
     return replace(
         step,
         weights=round(line("weights")),
@@ -243,6 +292,7 @@ def _continued(step: Step, short: Step, longer: Step, times: int) -> Step:
         states=round(line("states")),
         gradients=round(line("gradients")),
         activations=round(line("activations")),
-        passes={kernel: count for kernel, count in passes.items() if count > 0},
+        pages=round(line("pages")),
+        passes=_more(step.passes, short.passes, longer.passes, times),
         num_calls=line("num_calls"),
     )

@@ -63,10 +63,15 @@ Counts = Mapping[Kernel, int | float]
 
 
 class Heap:
-    """Where a best-fit allocator that merges what is freed puts things, and how far it has reached: bytes ever touched."""
+    """Where a best-fit allocator that merges what is freed puts things, and how far it has reached: bytes ever touched.
+
+    What is to be aligned is asked for with room to move (glibc's memalign), so that a hole between neighbours that stay is
+    not filled by a tensor of the size of the one that left it, and a heap spreads.
+    """
 
     def __init__(self) -> None:
         self.reached = self.mapped = self.peak = 0
+        self.pages = 0  # of the peak: what was mapped then, and goes back to the system
         self._holes: list[tuple[int, int]] = []  # size, start; sorted
         self._starts: dict[int, int] = {}  # of a hole: its size
         self._ends: dict[int, int] = {}  # of a hole: its start
@@ -75,22 +80,22 @@ class Heap:
         """Return where and how much a tensor of `size` bytes takes; where is -1 for one with pages of its own."""
         if size >= MAPPED:
             self.mapped += size
-            self.peak = max(self.peak, self.reached + self.mapped)
+            self._look()
             return -1, size
         size = -(-(size + ALIGNED) // ALIGNED) * ALIGNED
-        place = bisect_left(self._holes, (size, -1))
-        if place < len(self._holes):
-            hole, start = self._holes[place]
+        top = self._ends.get(self.reached)  # the last hole, which is taken when no other fits, and grows
+        place = bisect_left(self._holes, (size + ALIGNED, -1))
+        if place < len(self._holes) and self._holes[place][1] == top:
+            place += 1
+        hole, start = self._holes[place] if place < len(self._holes) else (0, self.reached if top is None else top)
+        if start == top:
+            hole = self.reached - start
+        if hole:
             self._remove(start)
-            if hole > size:
-                self._insert(start + size, hole - size)
-        else:
-            start = self.reached
-            if start in self._ends:  # the last hole is the top of the heap: it is what grows
-                start = self._ends[start]
-                self._remove(start)
-            self.reached = start + size
-            self.peak = max(self.peak, self.reached + self.mapped)
+        if hole > size:
+            self._insert(start + size, hole - size)
+        self.reached = max(self.reached, start + size)
+        self._look()
         return start, size
 
     def give(self, start: int, size: int) -> None:
@@ -108,6 +113,10 @@ class Heap:
             size += self._starts[after]
             self._remove(after)
         self._insert(start, size)
+
+    def _look(self) -> None:
+        if self.reached + self.mapped > self.peak:
+            self.peak, self.pages = self.reached + self.mapped, self.mapped
 
     def _insert(self, start: int, size: int) -> None:
         insort(self._holes, (size, start))

@@ -1,79 +1,90 @@
-"""What training a recipe takes, told before its first step: memory, time and money, stage by stage; and what to change.
+"""What a recipe's run takes, told before it begins: memory, time and money, stage by stage; and what to change.
 
-Both networks' steps are walked without data (`reelflow.planning.step`); their operations are timed one by one on this machine
-(`reelflow.planning.rates`). What a process takes beside its tensors, and what Python needs for a call, are measured on a
-network of their own (`PROBE`), whatever the recipe.
+Training steps, what is evaluated without gradients, and what is encoded are walked without data (`reelflow.planning.step`);
+operations are timed one by one on this machine (`reelflow.planning.rates`). What a process takes beside its tensors, what
+Python needs for a call, and rendering and decoding are measured (`reelflow.recipes.rehearsal`).
+
+    resident = process + the most that this stage or an earlier one put on the heap + pages of large tensors + mapped files
 """
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from reelflow.config import set_values
-from reelflow.data.loader import ShuffledBatches
+from reelflow.data.store import SHARD_BYTES
 from reelflow.evaluation.perceptual import pyramid_distance
+from reelflow.evaluation.rebuilt import measure_rebuilt
 from reelflow.generation.sampling import count_evaluations
-from reelflow.models.blocks import Dual, Single
-from reelflow.models.dit import VideoDiT
-from reelflow.models.vae import CausalVAE, Posterior
+from reelflow.models.dit import DiTConfig, VideoDiT
+from reelflow.models.vae import CausalVAE
 from reelflow.nn.patchify import token_grid
 from reelflow.parallel.recompute import recompute_blocks
 from reelflow.planning.memory import example
-from reelflow.planning.rates import Rates, clock
-from reelflow.planning.step import Precision, Step, Update, run_once, shaped, train_step, transformer_step
-from reelflow.planning.walk import Kernel
-from reelflow.recipes.recipe import Recipe, WorldData
-from reelflow.recipes.world import world
-from reelflow.training.autoencoder import AutoencoderTask, draw_crops, frame_latents
+from reelflow.planning.rates import Rates
+from reelflow.planning.step import (
+    Batch,
+    Once,
+    Precision,
+    Step,
+    Update,
+    run_deep,
+    run_once,
+    shaped,
+    train_step,
+    transformer,
+    transformer_step,
+)
+from reelflow.recipes.recipe import FolderData, Recipe
+from reelflow.recipes.sets import ShardsData
+from reelflow.training.autoencoder import AutoencoderTask, frame_latents, to_float
 from reelflow.training.ema import Ema
-from reelflow.training.flow import FlowTask, LatentBatch, inner_matrix
-from reelflow.training.loop import Task, TrainingConfig, train
+from reelflow.training.flow import NUM_BINS, inner_matrix
+from reelflow.training.loop import TrainingConfig
 from reelflow.training.optim import Hidden, build_optimizers
 
 __all__ = [
+    "CLIPS",
     "Change",
     "Forecast",
-    "Rehearsal",
+    "Media",
     "Stage",
+    "autoencoder_task",
+    "cast",
     "changes",
     "forecast",
-    "machine_bytes",
-    "measured_rates",
-    "probe",
-    "process_bytes",
-    "rehearse",
     "step_of",
     "trained_stage",
+    "update_of",
 ]
 
 Trained = Literal["autoencoder", "transformer"]
 ENCODED = 8  # clips that are encoded at a time
-CLIPS = 1000  # of a folder, whose clips are not counted before it is read
+MEASURED = 256  # clips that an autoencoder's statistics are of, at most
+VALIDATED, SHOWN, PRIOR = 32, 4, 16  # clips at a time
+CLIPS = 1000  # of a folder that is not there
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: how often something is done, how long that takes each time, and the most memory it needs."""
+    """One kind of work in a run: how often it is done, how long that takes each time, and the most memory it needs."""
 
     name: str
     unit: str
     count: int
     seconds_each: float
     peak: int  # bytes, of the process as well
-    flops_each: float = 0.0
+    pages: int = 0  # of them, of tensors so large that they have pages of their own, which go when they go
+    files: int = 0  # bytes of the files it maps, beside the peak: the system takes them back where memory is short
     step: Step | None = None  # where something is trained
+    apart: bool = False  # in a process of its own, after the run
 
     @property
     def seconds(self) -> float:
@@ -92,8 +103,30 @@ class Forecast:
         return sum(stage.seconds for stage in self.stages)
 
     @property
-    def peak(self) -> int:
-        return max(stage.peak for stage in self.stages)
+    def resident(self) -> tuple[int, ...]:
+        """Bytes that the process has in memory at each stage's peak: what was freed stays, and mapped files count."""
+        together = [0 if stage.apart else stage.peak - stage.pages for stage in self.stages]
+        kept = accumulate(together, max)
+        return tuple(
+            max(stage.peak, 0 if stage.apart else heap + stage.pages) + stage.files
+            for stage, heap in zip(self.stages, kept, strict=True)
+        )
+
+    @property
+    def fullest(self) -> int:
+        """Which stage has the most in memory."""
+        return max(range(len(self.stages)), key=lambda index: self.resident[index])
+
+
+class Media(NamedTuple):
+    """What rendering and decoding took here, on a few clips in a process of their own: seconds of each, and peaks."""
+
+    num_clips: int  # that there are, as far as these tell
+    render_seconds: float
+    render_peak: int
+    decode_seconds: float
+    decode_peak: int
+    kept: int  # bytes that the process had more of after it all
 
 
 @dataclass(frozen=True)
@@ -123,7 +156,7 @@ def step_of(recipe: Recipe, trained: Trained) -> Step:
         recipe.dit.model,
         recipe.latent_shape(recipe.clip),
         text.context_tokens,
-        _update(training, inner_matrix),
+        update_of(training, inner_matrix),
         batch=training.batch_size,
         accumulate=training.accumulate,
         precision=training.precision,
@@ -136,24 +169,29 @@ def _autoencoder_step(recipe: Recipe) -> Step:
     stage, training = recipe.vae, recipe.vae.training
     found: list[AutoencoderTask] = []
 
-    def build() -> tuple[nn.Module, Callable[[], Tensor]]:
-        task = _autoencoder_task(recipe, partial(shaped, partial(CausalVAE, stage.model)))
+    def build() -> tuple[nn.Module, Sequence[Batch]]:
+        task = autoencoder_task(recipe, partial(shaped, partial(CausalVAE, stage.model)))
         found[:] = [task]
         generator = torch.Generator()
         frames, size = max(stage.loss.crops, key=lambda crop: crop[0] * crop[1] ** 2)
 
-        def loss() -> Tensor:
-            return task.loss(torch.ones(training.batch_size, 3, frames, size, size), generator).value
+        def loss(batch: int, frames: int) -> Tensor:
+            return task.loss(torch.ones(batch, 3, frames, size, size), generator).value
 
-        return task.model, loss
+        images = stage.loss.image_fraction if frames > 1 else 0.0
+        clips = Batch(partial(loss, training.batch_size, frames), 1 - images)
+        if not images:
+            return task.model, [clips]
+        # As many pixels, but more latents: time does not divide a single frame.
+        return task.model, [Batch(partial(loss, training.batch_size * frames, 1), images), clips]
 
     def update(model: nn.Module) -> Callable[[], object]:
-        return _update(training, found[0].hidden)(model)
+        return update_of(training, found[0].hidden)(model)
 
     return train_step(build, update, accumulate=training.accumulate, precision=training.precision)
 
 
-def _update(training: TrainingConfig, hidden: Hidden) -> Update:
+def update_of(training: TrainingConfig, hidden: Hidden) -> Update:
     """Return what the training loop does with gradients."""
 
     def update(model: nn.Module) -> Callable[[], None]:
@@ -177,19 +215,35 @@ def _update(training: TrainingConfig, hidden: Hidden) -> Update:
     return update
 
 
-def forecast(recipe: Recipe, rates: Rates, process: int) -> Forecast:
-    """Predict all stages of a run.
+def autoencoder_task(recipe: Recipe, make: Callable[[], Any], *, num_validation: int = 1) -> AutoencoderTask:
+    """Return the task that an autoencoder made by `make` learns, with clips of nothing set aside."""
+    stage, clip = recipe.vae, recipe.clip
+    reference = frame_latents(make(), stage.model.temporal_stride) if stage.loss.identity else None
+    vae = make()
+    frames = torch.zeros(num_validation, clip.num_frames, clip.height, clip.width, 3, dtype=torch.uint8)
+    return AutoencoderTask(
+        vae,
+        stage.loss,
+        validation=frames,
+        perceptual=pyramid_distance,
+        reference=reference,
+        measure=partial(measure_rebuilt, perceptual=pyramid_distance),
+    )
+
+
+def cast(precision: Precision) -> Any:
+    """Return what a forward pass in a precision is done in."""
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def forecast(recipe: Recipe, rates: Rates, process: int, media: Media | None = None) -> Forecast:
+    """Predict all stages of a run; without `media`, neither rendering nor decoding.
 
     Raises:
         ConfigError: the shapes do not fit each other.
     """
-    stages = []
-    if recipe.vae.tuned or (recipe.vae.pretrained is None and recipe.vae.model.encoder):
-        stages.append(trained_stage(recipe, "autoencoder", rates, process))
-    stages.append(_latents(recipe, rates, process))
-    stages.append(trained_stage(recipe, "transformer", rates, process))
-    stages.append(_samples(recipe, rates, process))
-    return Forecast(tuple(stages), process)
+    process += 0 if media is None else media.kept
+    return Forecast(tuple(_Predicted(recipe, rates, process, media).stages()), process)
 
 
 def trained_stage(recipe: Recipe, trained: Trained, rates: Rates, process: int) -> Stage:
@@ -202,50 +256,200 @@ def trained_stage(recipe: Recipe, trained: Trained, rates: Rates, process: int) 
         training.steps,
         rates.seconds(step.passes) + rates.seconds(step.moves, step.num_calls),
         process + step.run_peak(checkpoints=bool(training.checkpoint_every)),
+        step.pages,
         step=step,
     )
 
 
-def _latents(recipe: Recipe, rates: Rates, process: int) -> Stage:
-    clip, data = recipe.clip, recipe.data
+@dataclass(frozen=True)
+class _Predicted:
+    recipe: Recipe
+    rates: Rates
+    process: int
+    media: Media | None
 
-    def encode() -> None:
-        vae: Any = shaped(partial(CausalVAE, recipe.vae.model))
-        with _cast(recipe.vae.training.precision):
-            vae.encode(torch.ones(ENCODED, 3, clip.num_frames, clip.height, clip.width))
+    def stages(self) -> Iterator[Stage]:
+        recipe = self.recipe
+        if isinstance(recipe.data, ShardsData):
+            yield from self.transformer()
+        else:
+            if self.media is not None:
+                yield from self.pictures(self.media)
+            if self.trains_autoencoder:
+                yield from self.autoencoder()
+            yield self.latents()
+            if recipe.dit.prior is not None:
+                peak, pages, seconds = self.made(PRIOR, decoded=False)
+                yield Stage("prior", "clip", recipe.dit.prior.num_clips, seconds / PRIOR, self.process + peak, pages)
+            yield from self.transformer()
+        peak, pages, seconds = self.made(1)
+        yield Stage("sample", "clip", 1, seconds, self.process + peak, pages, apart=True)
 
-    peak, kernels, calls = run_once(encode)
-    seconds = rates.seconds(kernels, calls) / ENCODED
-    count = data.num_clips + data.num_validation if isinstance(data, WorldData) else CLIPS
-    return Stage("latents", "clip", count, seconds, process + peak)
+    @property
+    def trains_autoencoder(self) -> bool:
+        vae = self.recipe.vae
+        return vae.tuned or (vae.pretrained is None and bool(vae.model.encoder))
+
+    @property
+    def num_clips(self) -> int:
+        data = self.recipe.data
+        if isinstance(data, FolderData | ShardsData):
+            return CLIPS if self.media is None else self.media.num_clips
+        return data.num_clips + data.num_validation
+
+    @property
+    def num_validation(self) -> int:
+        return min(VALIDATED, self.recipe.data.num_validation)
+
+    @property
+    def clip_bytes(self) -> int:
+        """Of all decoded clips."""
+        clip = self.recipe.clip
+        return self.num_clips * clip.num_frames * clip.height * clip.width * 3
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of the posterior and the text of one clip, as they are stored."""
+        recipe = self.recipe
+        latents, _, condition = example(
+            recipe.dit.model, recipe.latent_shape(recipe.clip), recipe.text.context_tokens, device="meta"
+        )
+        parts = (condition.context, condition.vector, condition.label)
+        return 2 * 2 * latents.numel() + sum(0 if part is None else part.nbytes for part in parts)
+
+    def pictures(self, media: Media) -> Iterator[Stage]:
+        """Tell of rendering and decoding; a shard of clips fills before it is written."""
+        if not isinstance(self.recipe.data, FolderData):
+            yield Stage("render", "clip", self.num_clips, media.render_seconds, media.render_peak)
+        shard = min(SHARD_BYTES, self.clip_bytes)
+        yield Stage("decode", "clip", self.num_clips, media.decode_seconds, media.decode_peak + shard, shard)
+
+    def autoencoder(self) -> Iterator[Stage]:
+        recipe, training = self.recipe, self.recipe.vae.training
+        trained = trained_stage(recipe, "autoencoder", self.rates, self.process)
+        yield replace(trained, files=self.clip_bytes)
+        assert trained.step is not None
+        beside = self.process + trained.step.average + trained.step.states
+
+        def evaluated(look: Callable[[AutoencoderTask], object]) -> Once:
+            def run() -> None:
+                make = partial(shaped, partial(CausalVAE, recipe.vae.model))
+                task = autoencoder_task(recipe, make, num_validation=self.num_validation)
+                with _averaged(task.model, training):
+                    look(task)
+
+            return run_once(run)
+
+        def shown(task: AutoencoderTask) -> None:
+            clips = to_float(task.validation[:SHOWN])
+            torch.stack([clips, task.vae.decode(task.vae.encode(clips).mean).float()], dim=1).flatten(0, 1)
+
+        for unit, every, look in (
+            ("validation", training.validate_every, _validate),
+            ("preview", training.preview_every, shown),
+        ):
+            if every:
+                once = evaluated(look)
+                seconds, times = self.rates.seconds(once.kernels, once.num_calls), -(-training.steps // every)
+                yield Stage("autoencoder", unit, times, seconds, beside + once.peak, once.pages, self.clip_bytes)
+
+    def latents(self) -> Stage:
+        """Tell of encoding: all clips, and before them those that statistics are of."""
+        recipe, clip = self.recipe, self.recipe.clip
+
+        def encode() -> None:
+            vae: Any = shaped(partial(CausalVAE, recipe.vae.model))
+            with cast(recipe.vae.training.precision):
+                vae.encode(torch.ones(ENCODED, 3, clip.num_frames, clip.height, clip.width))
+
+        once, shard = run_once(encode), min(512, self.num_clips) * self.latent_bytes
+        learned = recipe.vae.pretrained is None
+        count = self.num_clips + (min(MEASURED, self.num_clips) if learned else 0)
+        seconds = self.rates.seconds(once.kernels, once.num_calls) / ENCODED * count / self.num_clips
+        peak = self.process + once.peak + shard
+        return Stage("latents", "clip", self.num_clips, seconds, peak, once.pages, self.clip_bytes)
+
+    def transformer(self) -> Iterator[Stage]:
+        recipe, training = self.recipe, self.recipe.dit.training
+        trained = trained_stage(recipe, "transformer", self.rates, self.process)
+        vae = _bytes(partial(CausalVAE, recipe.vae.model))
+        files = 0 if isinstance(recipe.data, ShardsData) else self.num_clips * self.latent_bytes
+        files += self.clip_bytes if self.trains_autoencoder else 0  # mapped until Python collects what read them
+        yield replace(trained, peak=trained.peak + vae, files=files)
+        assert trained.step is not None
+        beside = self.process + trained.step.average + trained.step.states
+
+        def validate(config: DiTConfig) -> None:
+            latents, words = recipe.latent_shape(recipe.clip), recipe.text.context_tokens
+            make = transformer(config, latents, words, batch=self.num_validation, masked=bool(words))
+            model, (batch,) = make()
+            with _averaged(model, training):
+                batch.loss()
+
+        if training.validate_every:
+            once, times = run_deep(recipe.dit.model, validate), -(-training.steps // training.validate_every)
+            seconds = NUM_BINS * self.rates.seconds(once.kernels, once.num_calls)
+            yield Stage("transformer", "validation", times, seconds, beside + vae + once.peak, once.pages, files)
+        if training.preview_every:
+            peak, pages, seconds = self.made(SHOWN, averaged=True)
+            times = -(-training.steps // training.preview_every)
+            yield Stage("transformer", "preview", times, seconds, beside + peak, pages, files)
+
+    def made(self, batch: int, *, decoded: bool = True, averaged: bool = False) -> tuple[int, int, float]:
+        """Return the bytes, those of them in pages of their own, and the seconds of clips that are made at once.
+
+        Both networks' weights are among the bytes, and if `averaged` a copy of the transformer's. An evaluation counts
+        guidance's second one as another.
+        """
+        recipe = self.recipe
+        sampling, latents = recipe.sampling, recipe.latent_shape(recipe.clip)
+        tokens = token_grid(latents, recipe.dit.model.patch).num_tokens
+        evaluations = count_evaluations(sampling, recipe.dit.flow.parameterization, tokens)
+
+        def evaluate(config: DiTConfig) -> None:
+            model = VideoDiT(config)
+            with cast(sampling.precision):
+                model(*example(config, latents, recipe.text.context_tokens, batch=batch))
+
+        def decode() -> None:
+            vae: Any = shaped(partial(CausalVAE, recipe.vae.model))
+            with cast(sampling.precision):
+                vae.decode(torch.ones(batch, recipe.vae.model.latent_channels, *latents)).float().clamp(-1, 1)
+
+        asked = run_deep(recipe.dit.model, evaluate)
+        dit, vae = _bytes(partial(VideoDiT, recipe.dit.model)), _bytes(partial(CausalVAE, recipe.vae.model))
+        seconds = evaluations * self.rates.seconds(asked.kernels, asked.num_calls)
+        peaks = [(asked.peak + vae, asked.pages)]
+        if decoded:
+            shown = run_once(decode)
+            seconds += self.rates.seconds(shown.kernels, shown.num_calls)
+            peaks.append((shown.peak + dit, shown.pages))
+        peak, pages = max(peaks)
+        return peak + (dit if averaged else 0), pages, seconds
 
 
-def _samples(recipe: Recipe, rates: Rates, process: int) -> Stage:
-    """Predict one generated clip: an evaluation counts guidance's second one as another."""
-    latents = recipe.latent_shape(recipe.clip)
-    tokens = token_grid(latents, recipe.dit.model.patch).num_tokens
-    evaluations = count_evaluations(recipe.sampling, recipe.dit.flow.parameterization, tokens)
-
-    def evaluate() -> None:
-        model = VideoDiT(recipe.dit.model)
-        with _cast(recipe.sampling.precision):
-            model(*example(recipe.dit.model, latents, recipe.text.context_tokens))
-
-    def decode() -> None:
-        vae: Any = shaped(partial(CausalVAE, recipe.vae.model))
-        with _cast(recipe.sampling.precision):
-            vae.decode(torch.ones(1, recipe.vae.model.latent_channels, *latents))
-
-    peaks, seconds = [], 0.0
-    for run, count in ((evaluate, evaluations), (decode, 1)):
-        peak, kernels, calls = run_once(run)
-        peaks.append(peak)
-        seconds += count * rates.seconds(kernels, calls)
-    return Stage("samples", "clip", 1, seconds, process + sum(peaks))
+def _validate(task: AutoencoderTask) -> None:
+    log = logging.getLogger(AutoencoderTask.__module__)
+    log.disabled, before = True, log.disabled  # there is nothing to be said of the health of a network without data
+    try:
+        task.validate(torch.Generator())
+    finally:
+        log.disabled = before
 
 
-def _cast(precision: Precision) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+@contextmanager
+def _averaged(model: nn.Module, training: TrainingConfig) -> Iterator[None]:
+    """Evaluate as the loop does: with averages in the place of the weights, which are put aside."""
+    own = [] if training.ema_decay is None else [weight.detach().clone() for weight in model.parameters()]
+    with cast(training.precision):
+        yield
+    del own
+
+
+def _bytes(make: Callable[[], nn.Module]) -> int:
+    with torch.device("meta"):
+        model = make()
+    return sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
 
 
 # What to change
@@ -315,145 +519,3 @@ def _spread(recipe: Recipe, memory: int, rates: Rates, process: int) -> Change |
             torchrun = f"torchrun --nproc-per-node {size}"
             return Change("transformer", f"{torchrun} and {deal}", peak, part.steps * seconds)
     return None
-
-
-# Measured on this machine
-
-
-def machine_bytes() -> int:
-    """Return the memory of this machine, or of the container if that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return total if text == "max" else min(total, int(text))
-
-
-class Rehearsal(NamedTuple):
-    """A few steps of real training: seconds of each after the second, and the most that the process held, in bytes."""
-
-    seconds: list[float]
-    peak: int
-
-
-def rehearse(recipe: Recipe, trained: Trained, *, steps: int = 4) -> Rehearsal:
-    """Train one of a recipe's networks for a few steps on random data, as it would be trained.
-
-    The peak is that of the whole process, so that only the first call of a process tells it.
-    """
-    task, batches = _rehearsed(recipe, trained)
-    stage = recipe.vae if trained == "autoencoder" else recipe.dit
-    training = replace(stage.training, steps=steps, validate_every=0, preview_every=0, checkpoint_every=0)
-    hidden = task.hidden if isinstance(task, AutoencoderTask) else inner_matrix
-    marks: list[float] = []
-    with tempfile.TemporaryDirectory() as folder, batches:
-        train(
-            task,
-            batches,
-            training,
-            Path(folder) / "run",
-            hidden=hidden,
-            on_step=lambda _: marks.append(clock()),
-            console=Console(quiet=True),
-        )
-    seconds = [after - before for before, after in pairwise(marks[1:])]
-    return Rehearsal(seconds, _peak_bytes())
-
-
-def _rehearsed(recipe: Recipe, trained: Trained) -> tuple[Task[Any], ShuffledBatches[Any]]:
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    if trained == "autoencoder":
-        vae_training, clip = recipe.vae.training, recipe.clip
-        extents = (clip.num_frames, clip.height, clip.width, 3)
-
-        def crops(rows: Tensor, draws: torch.Generator) -> Tensor:
-            clips = torch.randint(0, 256, (len(rows), *extents), dtype=torch.uint8, generator=draws)
-            return draw_crops(clips, replace(recipe.vae.loss, image_fraction=0.0), draws)
-
-        batches = ShuffledBatches(vae_training.batch_size, vae_training.batch_size, crops, seed=0, prefetch=0)
-        return _autoencoder_task(recipe, partial(CausalVAE, recipe.vae.model)), batches
-    training = recipe.dit.training
-    shape = (recipe.vae.model.latent_channels, *recipe.latent_shape(recipe.clip))
-
-    def latents(rows: Tensor, draws: torch.Generator) -> LatentBatch:
-        mean = torch.randn(len(rows), *shape, generator=draws)
-        context = example(
-            recipe.dit.model, (1, *recipe.dit.model.patch[1:]), recipe.text.context_tokens, batch=len(rows)
-        )
-        condition = context[2]
-        if recipe.text.context_tokens:
-            mask = torch.ones(len(rows), recipe.text.context_tokens, dtype=torch.bool)
-            mask[1:, -1] = False
-            condition = replace(condition, context_mask=mask)
-        return LatentBatch(Posterior(mean, torch.full_like(mean, -6.0)), condition)
-
-    null = latents(torch.zeros(1), generator).condition
-    flow = replace(recipe.dit.flow, given_fraction=0.0, image_fraction=0.0)
-    task = FlowTask(VideoDiT(recipe.dit.model), flow, null=null, validation=latents(torch.zeros(1), generator))
-    return task, ShuffledBatches(training.batch_size, training.batch_size, latents, seed=0, prefetch=0)
-
-
-def _autoencoder_task(recipe: Recipe, make: Callable[[], Any]) -> AutoencoderTask:
-    stage, clip = recipe.vae, recipe.clip
-    reference = frame_latents(make(), stage.model.temporal_stride) if stage.loss.identity else None
-    vae = make()
-    frames = torch.zeros(1, clip.num_frames, clip.height, clip.width, 3, dtype=torch.uint8)
-    return AutoencoderTask(vae, stage.loss, validation=frames, perceptual=pyramid_distance, reference=reference)
-
-
-def _peak_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def probe_recipe(precision: Precision) -> Recipe:
-    """Return a recipe with a transformer to measure a process with, whatever the recipe in question."""
-    base = world()
-    model = replace(base.dit.model, dim=256, num_heads=4, rope=(16, 24, 24), layers=(Dual(), Single()))
-    training = replace(base.dit.training, precision=precision, batch_size=12, checkpoint_every=0)
-    return replace(base, dit=replace(base.dit, model=model, training=training))
-
-
-def probe(precision: Precision) -> int:
-    """Train a small network here, and return what this process took at its peak beside what its tensors did."""
-    recipe = probe_recipe(precision)
-    measured = rehearse(recipe, "transformer").peak
-    return measured - step_of(recipe, "transformer").run_peak(checkpoints=False)
-
-
-def process_bytes(precision: Precision) -> int:
-    """Return what a training process takes beside its tensors, as found by `probe` in a process of its own."""
-    lines = (
-        "import torch",
-        "from reelflow.cli.main import keep_freed_memory",
-        "from reelflow.recipes.forecast import probe",
-        "keep_freed_memory()",
-        f"torch.set_num_threads({torch.get_num_threads()})",
-        f"print(probe({precision!r}))",
-    )
-    told = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
-    return int(told.stdout.split()[-1])
-
-
-def measured_rates(precision: Precision = "fp32") -> Rates:
-    """Return the rates of this machine's operations, with what a call costs found on the step of a small network."""
-    base = probe_recipe(precision)
-    small = replace(base.dit.model, dim=32, num_heads=2, rope=(4, 6, 6))
-    recipe = replace(base, dit=replace(base.dit, model=small, training=replace(base.dit.training, batch_size=1)))
-    task, batches = _rehearsed(recipe, "transformer")
-    batch, generator = next(batches), torch.Generator().manual_seed(0)
-    move = _update(recipe.dit.training, inner_matrix)(task.model)
-
-    def step() -> None:
-        with _cast(precision):
-            value = task.loss(batch, generator).value
-        value.backward()
-        move()
-        for parameter in task.model.parameters():
-            parameter.grad = None
-
-    walked = step_of(recipe, "transformer")
-    kernels: dict[Kernel, int | float] = {**walked.passes}
-    for kernel, count in walked.moves.items():
-        kernels[kernel] = kernels.get(kernel, 0) + count
-    return Rates.measure(step, kernels, round(walked.num_calls))

@@ -33,6 +33,7 @@ from reelflow.models.adapters import LoRA, new_adapter
 from reelflow.models.condition import Condition
 from reelflow.models.vae import Posterior
 from reelflow.models.weights import files_sha256, load_weights
+from reelflow.parallel.device import take_device
 from reelflow.recipes.recipe import FolderData
 from reelflow.recipes.runs import Clips, best_weights, claim, parts_of_condition, set_aside
 from reelflow.training.adapter import AdapterTask
@@ -123,17 +124,20 @@ def times_of(system: System, network: str, asked: tuple[float, float] | None) ->
     return asked
 
 
-def tune(config: Tuning, folder: Path, *, console: Console | None = None) -> Path | None:
+def tune(config: Tuning, folder: Path, *, device: str = "auto", console: Console | None = None) -> Path | None:
     """Learn an adapter in `folder`, or go on where an earlier call stopped; return its folder, or None if interrupted.
+
+    `device` is as `take_device` reads it.
 
     Raises:
         CheckpointError: the system cannot be read.
-        ConfigError: the system cannot be taught so, or makes no such clips; or the folder holds another run.
+        ConfigError: the system cannot be taught so, or makes no such clips; the folder holds another run; or there is no such
+            device.
         DataError: there is nothing to learn from.
     """
     console = console or Console()
     made = folder / "adapter"
-    times = _check(config)
+    times, place = _check(config), take_device(device)
     claim(folder, "tuning.json", to_dict(config))
     if made.is_dir():
         return made
@@ -141,18 +145,19 @@ def tune(config: Tuning, folder: Path, *, console: Console | None = None) -> Pat
     for reason in report.rejected:
         console.print(f"skipped {reason}", highlight=False)
     learned, unseen = set_aside(Store.open(folder / "clips"), config.data, config.clip)
-    system = load_system(config.system, dtype=torch.float32)
+    system = load_system(config.system, dtype=torch.float32, device=place)
     network = system.experts[NETWORKS.index(config.network)].network
     told = _conditions(system, config, [""])
+    null = told.cond.to("cpu")
     store = _encoded(system, config, learned, folder / "latents")
     aside = _encoded(system, config, unseen, folder / "latents_unseen")
 
     def batch(store: Store, rows: Tensor) -> LatentBatch:
         posterior = Posterior(*(store.batch(key, rows) for key in ("mean", "logvar")))
-        stored: dict[str, Any] = {name: store.batch(name, rows) for name in parts_of_condition(told.cond)}
+        stored: dict[str, Any] = {name: store.batch(name, rows) for name in parts_of_condition(null)}
         return LatentBatch(posterior, Condition(**stored))
 
-    shape, context = store.batch("mean", torch.zeros(1, dtype=torch.int64)).shape, told.cond.context
+    shape, context = store.batch("mean", torch.zeros(1, dtype=torch.int64)).shape, null.context
     size = clip_sizes(
         network.config, [(shape[2], shape[3], shape[4])], context_tokens=0 if context is None else context.shape[1]
     )
@@ -166,7 +171,7 @@ def tune(config: Tuning, folder: Path, *, console: Console | None = None) -> Pat
             condition_dropout=config.condition_dropout,
             given_fraction=0.0,
         ),
-        null=told.cond,
+        null=null,
         validation=batch(aside, torch.arange(min(8, len(aside)))),
         flops_per_sample=size[0].flops,
         token_rate=told.token_rate,
@@ -257,8 +262,9 @@ def _encoded(system: System, config: Tuning, clips: Clips, folder: Path) -> Stor
     def samples() -> Iterator[dict[str, Tensor]]:
         for row, caption in zip(clips.rows.split(1), captions, strict=True):
             with torch.no_grad():
-                posterior = system.vae.encode(to_float(clips.store.batch("frames", row)))
-            told = parts_of_condition(_conditions(system, config, [caption]).cond)
+                frames = clips.store.batch("frames", row).to(system.vae.latent_std.device)
+                posterior = Posterior(*(half.cpu() for half in system.vae.encode(to_float(frames))))
+            told = parts_of_condition(_conditions(system, config, [caption]).cond.to("cpu"))
             yield {
                 "mean": posterior.mean[0],
                 "logvar": posterior.logvar[0],

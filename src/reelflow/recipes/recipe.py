@@ -183,8 +183,8 @@ class TransformerStage:
     With an adapter, that alone is learned, by AdamW; the finished model has it in its weights.
 
     Raises:
-        ConfigError: there is an adapter or a prior, but nothing pretrained; an adapter is to be learned on a mesh; or a
-            step's batches cannot be dealt to it.
+        ConfigError: there is an adapter or a prior, but nothing pretrained; an adapter is to be learned of dealt heads; or
+            a step's batches cannot be dealt to the mesh.
     """
 
     model: DiTConfig
@@ -205,10 +205,11 @@ class TransformerStage:
             raise ConfigError(
                 "a prior is what a pretrained transformer makes; set dit.pretrained, or leave dit.prior out"
             )
-        if self.adapter is not None and self.parallel.mesh.world_size > 1:
+        mesh = self.parallel.mesh
+        if self.adapter is not None and mesh.tensor > 1:
             raise ConfigError(
-                f"an adapter is learned by one process, got a mesh of {self.parallel.mesh.world_size}; nearest: "
-                "dit.parallel.mesh of 1, with dit.parallel.recompute=blocks where memory is short"
+                f"an adapter changes whole maps, and tensor={mesh.tensor} cuts them; nearest: dit.parallel.mesh.tensor=1 and "
+                f"dit.parallel.mesh.shard={mesh.shard * mesh.tensor}"
             )
         if self.parallel.compile == "blocks" and isinstance(self.batches, Packed):
             raise ConfigError(
@@ -264,9 +265,9 @@ class Recipe:
     def _check_shards(self) -> None:
         if self.vae.pretrained is None or self.vae.tuned:
             raise ConfigError("shards hold latents of one autoencoder; set vae.pretrained to it, and vae.tuned=false")
-        if self.also or self.dit.batches is not None or self.dit.prior is not None:
+        if self.also or self.dit.prior is not None:
             raise ConfigError(
-                "shards hold clips of one shape and no prior; nearest: also=[], dit.batches=null and dit.prior=null"
+                "shards hold clips as they are, of whatever shapes, and no prior; nearest: also=[] and dit.prior=null"
             )
 
     def latent_shape(self, clip: ClipSpec) -> tuple[int, int, int]:
@@ -294,11 +295,6 @@ class Recipe:
             raise ConfigError(f"clips of all shapes have the frame rate of clip, {self.clip.fps:g}; also has {rates}")
         for size in sizes:
             shift_for(self.dit.flow.shift, size.tokens - self.text.context_tokens)
-        if self.dit.flow.tells:
-            raise ConfigError(
-                "a network that is told of shapes needs to be told when it samples, which a recipe's does not; "
-                "nearest: dit.flow.tells=[]"
-            )
 
     def card(self, words: tuple[str, ...] = ()) -> ModelCard:
         """Describe the model that the recipe makes, and the words of its captions."""
@@ -310,4 +306,5 @@ class Recipe:
             sampling=self.sampling,
             words=words,
             parameterization=self.dit.flow.parameterization,
+            tells=self.dit.flow.tells,
         )

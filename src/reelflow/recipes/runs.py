@@ -34,12 +34,13 @@ from torch import Tensor
 from reelflow.conditioning.text import words_of
 from reelflow.config import from_dict, to_dict
 from reelflow.data.folder import ClipSpec
-from reelflow.data.loader import Packed, Plan, ShuffledBatches
+from reelflow.data.loader import Packed, Plan, ShuffledBatches, Size
 from reelflow.data.shards import ShardSet
 from reelflow.data.store import Store, Stores, build_clip_store, write_store
-from reelflow.data.stream import ShardedBatches
+from reelflow.data.stream import ShardedBatches, Sizes
 from reelflow.data.video import write_contact_sheet
 from reelflow.data.worlds import render_world
+from reelflow.diffusion.timesteps import shift_for
 from reelflow.errors import CheckpointError, ConfigError, DataError
 from reelflow.evaluation.perceptual import efficientnet_lite0, pyramid_distance
 from reelflow.evaluation.rebuilt import measure_rebuilt
@@ -53,12 +54,13 @@ from reelflow.models.inflate import inflate, inflated
 from reelflow.models.linear import fit_linear
 from reelflow.models.vae import CausalVAE, Posterior
 from reelflow.models.weights import files_sha256, load_weights
+from reelflow.parallel.device import moved, take_device
 from reelflow.parallel.mesh import Workers, alone, start
 from reelflow.parallel.shard import parallelize
 from reelflow.planning.cost import vae_cost
 from reelflow.recipes.files import write_json, write_whole_tensors
 from reelflow.recipes.recipe import FolderData, Recipe, SubjectData, WorldData
-from reelflow.recipes.sets import ShardsData, aside_of, open_sets, sharded_batches
+from reelflow.recipes.sets import ShardsData, aside_of, mean_flops, open_sets, sharded_batches, sizes_of
 from reelflow.training.adapter import AdapterTask
 from reelflow.training.autoencoder import (
     AutoencoderTask,
@@ -96,23 +98,26 @@ class Run:
     seconds: dict[str, float]  # by stage
 
 
-def run(recipe: Recipe, folder: Path, *, console: Console | None = None) -> Run:
-    """Carry out `recipe` in `folder`, or go on where an earlier call stopped.
+def run(recipe: Recipe, folder: Path, *, device: str = "auto", console: Console | None = None) -> Run:
+    """Carry out `recipe` in `folder`, or go on where an earlier call stopped; `device` is as `take_device` reads it.
 
     Started by torchrun, the transformer is trained by all processes as `dit.parallel` says; the rest is done by the first,
-    in a folder that all of them see. A stopped run may go on with another mesh.
+    in a folder that all of them see. A stopped run may go on with another mesh, and on another device.
 
     Raises:
-        ConfigError: the folder holds a run of another recipe, or the mesh is not of as many processes as there are.
+        ConfigError: the folder holds a run of another recipe, the mesh is not of as many processes as there are, or there is
+            no such device.
         DataError: there is nothing to learn from.
     """
     recipe.dit.parallel.check(recipe.dit.model, int(os.environ.get("WORLD_SIZE", "1")))
-    with start(recipe.dit.parallel.mesh, "cpu") as workers:
+    with start(recipe.dit.parallel.mesh, take_device(device)) as workers:
         console = (console or Console()) if workers.is_first else Console(quiet=True)
         return _Runner(recipe, folder, console, workers).go()
 
 
-def train_autoencoder(recipe: Recipe, folder: Path, *, console: Console | None = None) -> Path | None:
+def train_autoencoder(
+    recipe: Recipe, folder: Path, *, device: str = "auto", console: Console | None = None
+) -> Path | None:
     """Carry out `recipe` up to its autoencoder and return the file of its weights, or None if it was interrupted.
 
     `run` goes on from there.
@@ -121,7 +126,7 @@ def train_autoencoder(recipe: Recipe, folder: Path, *, console: Console | None =
         ConfigError: as `run`.
         DataError: as `run`.
     """
-    runner = _Runner(recipe, folder, console or Console(), alone())
+    runner = _Runner(recipe, folder, console or Console(), alone(take_device(device)))
     return None if runner.autoencoder() is None else folder / "vae" / "final.safetensors"
 
 
@@ -222,6 +227,7 @@ class Prepared(NamedTuple):
 class _Runner:
     def __init__(self, recipe: Recipe, folder: Path, console: Console, workers: Workers) -> None:
         self.recipe, self.folder, self.console, self.workers = recipe, folder, console, workers
+        self.device = workers.device
         self.seconds_file = folder / "seconds.json"
 
     def go(self) -> Run:
@@ -265,6 +271,8 @@ class _Runner:
         shape, wanted = unseen.shape("mean"), (vae.config.latent_channels, *self.recipe.latent_shape(self.recipe.clip))
         if shape != wanted:
             raise DataError(f"{aside.name} holds latents of {list(shape)}, the recipe's clip gives {list(wanted)}")
+        for each, sizes in zip(sets, self._sizes(sets), strict=True):
+            self._check_sizes(each.name, sizes)
         return Prepared([], vae, sets, unseen, None, (self.folder / "model").exists())
 
     def _card(self, captions: list[str]) -> ModelCard:
@@ -377,10 +385,11 @@ class _Runner:
                 return vae
         if final.is_file():
             load_weights(final, vae)
-            return vae.eval()
-        if stage.start == "linear":
+            return vae.to(self.device).eval()
+        if stage.start == "linear":  # on the CPU: the same on every device, where an eigenvector may have another sign
             with self._stage("autoencoder", "fitting a projection"):
                 fit_linear(vae, (to_float(learned.store.batch("frames", part)) for part in _spread(learned, 512)))
+        vae.to(self.device)
         if not any(weight.requires_grad for weight in vae.parameters()):  # pixels, or a projection alone
             vae.eval()
             with self._stage("encode", "measuring the latents"):
@@ -430,11 +439,13 @@ class _Runner:
         cost = vae_cost(stage.model, stage.loss.crop_frames, stage.loss.crop_size, stage.loss.crop_size)
 
         def preview(folder: Path, step: int) -> None:
-            shown = to_float(validation[:4])
+            shown = to_float(moved(validation[:4], self.device))
             pairs = torch.stack([shown, vae.decode(vae.encode(shown).mean).float()], dim=1).flatten(0, 1)
             write_contact_sheet(folder / f"{step:08d}.png", [to_frames(clip).numpy() for clip in pairs], columns=6)
 
-        perceptual = efficientnet_lite0() if stage.perceptual == "efficientnet-lite0" else pyramid_distance
+        perceptual = (
+            efficientnet_lite0().to(self.device) if stage.perceptual == "efficientnet-lite0" else pyramid_distance
+        )
         return AutoencoderTask(
             vae,
             stage.loss,
@@ -457,7 +468,7 @@ class _Runner:
 
     def _pretrained(self, path: str) -> tuple[CausalVAE, Reference]:
         """Return the autoencoder of a folder, inflated if need be, and a function to its latents of single frames."""
-        stage, vae = self.recipe.vae, pretrained_autoencoder(Path(path))
+        stage, vae = self.recipe.vae, pretrained_autoencoder(Path(path)).to(self.device)
         own = vae.config
         reference = frame_latents(deepcopy(vae).eval(), stage.model.temporal_stride)
         if own != stage.model:
@@ -476,14 +487,15 @@ class _Runner:
     def _fit_statistics(self, vae: CausalVAE, clips: Clips) -> None:
         """Measure the latents' mean and std over (at most 256) clips, and give them to the autoencoder."""
         with torch.no_grad(), self._autocast(self.recipe.vae.training):
-            means = [
-                vae.encode(to_float(clips.store.batch("frames", part))).mean.float() for part in _spread(clips, 256)
-            ]
+            means = [vae.encode(self._floats(clips, part)).mean.float() for part in _spread(clips, 256)]
         values = torch.cat(means).transpose(0, 1).flatten(1)
         vae.set_statistics(values.mean(1), values.std(1))
 
+    def _floats(self, clips: Clips, rows: Tensor) -> Tensor:
+        return to_float(moved(clips.store.batch("frames", rows), self.device))
+
     def _autocast(self, training: TrainingConfig) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16")
 
     # Latents
 
@@ -500,12 +512,12 @@ class _Runner:
             done = 0
             for part, caption in zip(clips.rows.split(8), _split(captions, 8), strict=True):
                 with torch.no_grad(), self._autocast(self.recipe.vae.training):
-                    posterior = vae.encode(to_float(clips.store.batch("frames", part)))
+                    mean, logvar = (half.half().cpu() for half in vae.encode(self._floats(clips, part)))
                 text = parts_of_condition(self.recipe.text(caption).condition())
                 for index in range(len(part)):
                     yield {
-                        "mean": posterior.mean[index].half(),
-                        "logvar": posterior.logvar[index].half(),
+                        "mean": mean[index],
+                        "logvar": logvar[index],
                         **{name: part[index] for name, part in text.items()},
                     }
                 done += len(part)
@@ -517,26 +529,46 @@ class _Runner:
             )
         return Store.open(folder, fingerprint=made_by)
 
+    def _sizes(self, sets: list[ShardSet]) -> list[Sizes]:
+        return sizes_of(sets, self.recipe.dit.model, context_tokens=self.recipe.text.context_tokens)
+
+    def _check_sizes(self, name: str, sizes: Sizes) -> None:
+        """Refuse clips of shapes that the recipe has no way with."""
+        recipe, wanted = self.recipe, self.recipe.latent_shape(self.recipe.clip)
+        for shape, tokens, _ in sizes.found:
+            if recipe.dit.batches is None and shape != wanted:
+                raise DataError(
+                    f"{name} holds latents of {shape} frames, rows and columns, the recipe's clip gives {wanted}; for clips of "
+                    f"several shapes set dit.batches, to {{kind: packed, tokens: {tokens}}} at least"
+                )
+            shift_for(recipe.dit.flow.shift, tokens - recipe.text.context_tokens)
+
     # The transformer
 
     def _untrained(self) -> VideoDiT:
-        """Return the transformer as it begins."""
+        """Return the transformer as it begins, drawn on the CPU."""
         stage = self.recipe.dit
         torch.manual_seed(stage.training.seed)
-        return VideoDiT(stage.model) if stage.pretrained is None else self._pretrained_transformer(stage.pretrained)
+        if stage.pretrained is not None:
+            return self._pretrained_transformer(stage.pretrained).to(self.device)
+        return VideoDiT(stage.model).to(self.device)
 
     def _transformer(self, prepared: "Prepared") -> VideoDiT | None:
         """Return the trained transformer, or None when training was interrupted."""
         stage, vae, latents, unseen = self.recipe.dit, prepared.vae, prepared.latents, prepared.unseen
-        dit = parallelize(self._untrained(), self.workers, stage.parallel)
-        shapes = (
-            [latents.shape("mean", row) for row in range(len(latents))]
-            if isinstance(latents, Stores)
-            else [unseen.shape("mean")]
-        )
-        sizes = clip_sizes(
-            stage.model, [(t, h, w) for _, t, h, w in shapes], context_tokens=self.recipe.text.context_tokens
-        )
+        dit, adapter = self._untrained(), None
+        if stage.adapter is not None:  # before weights are spread, whose lengths it may begin with
+            adapter = new_adapter(dit, stage.adapter, torch.Generator().manual_seed(stage.training.seed))
+        dit = parallelize(dit, self.workers, stage.parallel)
+        data, rows, sizes = self.recipe.data, list[Size](), list[Sizes]()
+        if isinstance(latents, Stores):
+            extents = [(t, h, w) for _, t, h, w in (latents.shape("mean", row) for row in range(len(latents)))]
+            rows = clip_sizes(stage.model, extents, context_tokens=self.recipe.text.context_tokens)
+            flops = sum(size.flops for size in rows) / len(rows)
+        else:
+            assert isinstance(data, ShardsData)
+            sizes = self._sizes(latents)
+            flops = mean_flops(sizes, data.weights)
 
         def preview(folder: Path, step: int) -> None:
             prompts = [str(unseen.meta(row)["caption"]) for row in range(min(4, len(unseen)))]
@@ -569,21 +601,21 @@ class _Runner:
             stage.flow,
             null=null,
             validation=batch(unseen, torch.arange(min(32, len(unseen)))),
-            flops_per_sample=sum(size.flops for size in sizes) / len(sizes),
+            flops_per_sample=flops,
             previewer=preview,
+            device=self.device,
         )
         task: FlowTask | AdapterTask = flow
-        if stage.adapter is not None:
-            generator = torch.Generator().manual_seed(stage.training.seed)
-            task = AdapterTask(flow, new_adapter(dit, stage.adapter, generator))
+        if adapter is not None:
+            task = AdapterTask(flow, adapter, workers=self.workers)
         self.console.rule("transformer")
-        seed, size, data = stage.training.seed, stage.training.batch_size, self.recipe.data
-        loader: ShuffledBatches[Any] | ShardedBatches[LatentBatch]
+        seed, size = stage.training.seed, stage.training.batch_size
+        loader: ShuffledBatches[Any] | ShardedBatches[Any]
         if isinstance(data, ShardsData):
             assert isinstance(latents, list)
-            loader = sharded_batches(latents, data, size, seed=seed, on_skip=self.console.print)
+            loader = sharded_batches(latents, data, stage.batches or size, sizes, seed=seed, on_skip=self.console.print)
         else:  # no prefetch: a batch takes a millisecond, less than a second pool of threads would cost
-            plan = size if stage.batches is None else Plan(stage.batches, sizes)
+            plan = size if stage.batches is None else Plan(stage.batches, rows)
             loader = ShuffledBatches(len(latents), plan, collate, seed=seed, prefetch=0)
         with loader as batches:
             result = train(
@@ -603,11 +635,11 @@ class _Runner:
         self._spent("transformer", result.seconds)
         if result.interrupted:
             return None
-        if self.workers.world_size > 1:
-            dit = VideoDiT(stage.model)
-            load_weights(best_weights(result.checkpoint), dit)
-            return dit.eval()
-        load_weights(best_weights(result.checkpoint), task.model)
+        if not self.workers.is_first:  # which alone has a use for the whole
+            return dit
+        if self.workers.mesh is not None:
+            dit = VideoDiT(stage.model) if adapter is None else self._untrained()
+        load_weights(best_weights(result.checkpoint), dit if adapter is None else task.model)
         if isinstance(task, AdapterTask):
             task.applied.undo()
             shutil.rmtree(self.folder / "adapter", ignore_errors=True)  # of a run that was killed before its model
@@ -637,7 +669,7 @@ class _Runner:
         def samples(on_clip: Callable[[int, int], None]) -> Iterator[dict[str, Tensor]]:
             for done in range(0, len(prompts), 16):
                 part = prompts[done : done + 16]
-                latents = pipeline.generate(part, seed=prior.seed + done, output="latents").half()
+                latents = pipeline.generate(part, seed=prior.seed + done, output="latents").half().cpu()
                 text = parts_of_condition(recipe.text(part).condition())
                 for index in range(len(part)):
                     yield {
@@ -652,7 +684,8 @@ class _Runner:
             write_store(folder, samples(on_clip), fingerprint=made_by, meta=meta)
         store = Store.open(folder)
         with torch.no_grad():
-            shown = vae.decode(store.batch("mean", torch.arange(min(8, len(store)))).float()).float()
+            first = moved(store.batch("mean", torch.arange(min(8, len(store)))).float(), self.device)
+            shown = vae.decode(first).float()
         write_contact_sheet(folder / "clips.png", [to_frames(clip).numpy() for clip in shown], columns=6)
         return store
 
@@ -663,8 +696,10 @@ class _Runner:
             ConfigError: it has another shape, or reads other text.
         """
         found = Pipeline.load(Path(path))
-        own = {"dit.model": found.card.dit, "text": found.card.text, "vae.model": found.card.vae}
-        asked = {"dit.model": self.recipe.dit.model, "text": self.recipe.text, "vae.model": self.recipe.vae.model}
+        own, asked = (
+            {"dit.model": card.dit, "dit.flow.tells": card.tells, "text": card.text, "vae.model": card.vae}
+            for card in (found.card, self.recipe.card())
+        )
         if other := [name for name in own if own[name] != asked[name]]:
             raise ConfigError(f"{', '.join(other)} of {path} differ from the recipe's; copy them")
         return found.dit
@@ -694,7 +729,7 @@ def _digest(model: CausalVAE) -> str:
     """Return a hash of a model's weights, to tell one from another."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -3,10 +3,11 @@
     reelflow train folder --set data='{"kind": "shards", "sets": ["set/shards"], "validation": "held/shards"}' \\
         --set vae.pretrained=demo/run
 
-Latents are read as they are wanted, from local or remote shards; the autoencoder is the one that made them.
+Latents are read as they are wanted, from local or remote shards; the autoencoder is the one that made them. They are of
+the recipe's shape, or of any shapes where `dit.batches` says how these make batches.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +15,18 @@ import torch
 from torch import Tensor
 
 from reelflow.config import configuration
+from reelflow.data.loader import Buckets, Packed
 from reelflow.data.remote import Cache
 from reelflow.data.shards import Sample, ShardSet
 from reelflow.data.store import Store, write_store
-from reelflow.data.stream import ShardedBatches
+from reelflow.data.stream import Grouped, ShardedBatches, Sizes
 from reelflow.errors import ConfigError, DataError
 from reelflow.models.condition import Condition
+from reelflow.models.dit import DiTConfig
 from reelflow.models.vae import Posterior
-from reelflow.training.flow import LatentBatch
+from reelflow.training.flow import LatentBatch, clip_sizes
 
-__all__ = ["ShardsData", "aside_of", "open_sets", "sharded_batches"]
+__all__ = ["ShardsData", "aside_of", "mean_flops", "open_sets", "sharded_batches", "sizes_of"]
 
 
 @configuration
@@ -41,6 +44,7 @@ class ShardsData:
     validation: str
     weights: tuple[int, ...] = ()  # (): one sample of each in turn
     window: int = 8  # shards that are shuffled together
+    reservoir: int = 1024  # samples that are made into batches together, where dit.batches says how
     cache: Cache | None = None  # of remote shards
     num_validation: int = 32
     kind: Literal["shards"] = "shards"
@@ -49,10 +53,9 @@ class ShardsData:
         if not self.sets or (self.weights and len(self.weights) != len(self.sets)):
             near = [1] * max(1, len(self.sets))
             raise ConfigError(f"{len(self.sets)} sets with the weights {list(self.weights)}; nearest: weights={near}")
-        if self.num_validation < 1 or self.window < 1:
-            raise ConfigError(
-                f"num_validation and window must be at least 1, got {self.num_validation} and {self.window}"
-            )
+        for name in ("num_validation", "window", "reservoir"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def open_sets(data: ShardsData, *, made_by: Collection[str]) -> tuple[list[ShardSet], ShardSet]:
@@ -88,17 +91,61 @@ def aside_of(shards: ShardSet, num: int, folder: Path) -> Store:
     return Store.open(folder)
 
 
-def sharded_batches(
-    sets: list[ShardSet], data: ShardsData, batch_size: int, *, seed: int, on_skip: Callable[[str], object]
-) -> ShardedBatches[LatentBatch]:
-    """Return batches of latents, with their conditions, from sets of shards."""
+def sizes_of(sets: list[ShardSet], model: DiTConfig, *, context_tokens: int) -> list[Sizes]:
+    """Return what the samples of each set take in training; their shapes are the indexes'.
 
-    def collate(samples: list[Sample], generators: list[torch.Generator]) -> LatentBatch:
+    Raises:
+        ConfigError: as `clip_sizes`.
+        DataError: latents do not have the network's channels, or there are none.
+    """
+    found = []
+    for each in sets:
+        shapes = each.shapes("mean")
+        for shape in shapes.found:
+            if len(shape) != 4 or shape[0] != model.in_channels:
+                raise DataError(
+                    f"{each.name} holds latents of {list(shape)}; the transformer takes {model.in_channels} channels of "
+                    f"frames, rows and columns"
+                )
+        extents = [(t, h, w) for _, t, h, w in shapes.found]
+        found.append(Sizes(clip_sizes(model, extents, context_tokens=context_tokens), shapes.which))
+    return found
+
+
+def mean_flops(sizes: Sequence[Sizes], weights: Sequence[int]) -> float:
+    """Return what a sample of the mixture costs to train on once, on average."""
+    total, shares = 0.0, weights or [1] * len(sizes)
+    for share, (found, which) in zip(shares, sizes, strict=True):
+        counts = which.bincount(minlength=len(found)).tolist()
+        total += share * sum(count * size.flops for count, size in zip(counts, found, strict=True)) / len(which)
+    return total / sum(shares)
+
+
+def sharded_batches(
+    sets: list[ShardSet],
+    data: ShardsData,
+    batches: int | Packed | Buckets,
+    sizes: Sequence[Sizes],
+    *,
+    seed: int,
+    on_skip: Callable[[str], object],
+) -> ShardedBatches[LatentBatch | list[LatentBatch]]:
+    """Return batches of latents, with their conditions, from sets of shards: so many to a batch, or as they are grouped.
+
+    Raises:
+        ConfigError: a sample is larger than a batch.
+    """
+
+    def collate(samples: list[Sample], generators: list[torch.Generator]) -> LatentBatch | list[LatentBatch]:
+        return [stack([each]) for each in samples] if isinstance(batches, Packed) else stack(samples)
+
+    def stack(samples: list[Sample]) -> LatentBatch:
         stacked = {name: torch.stack([s.tensors[name] for s in samples]) for name in samples[0].tensors}
         posterior = Posterior(*(stacked.pop(name).float() for name in ("mean", "logvar")))
         parts: dict[str, Any] = stacked
         return LatentBatch(posterior, Condition(**parts))
 
+    size = batches if isinstance(batches, int) else Grouped(batches, sizes, data.reservoir)
     return ShardedBatches(
-        sets, batch_size, collate, seed=seed, weights=data.weights or None, window=data.window, on_skip=on_skip
+        sets, size, collate, seed=seed, weights=data.weights or None, window=data.window, on_skip=on_skip
     )

@@ -27,7 +27,7 @@ def world() -> Recipe:
     (docs/results.md).
     """
     return Recipe(
-        data=WorldData(world=World(), num_clips=3600, num_validation=64, seed=0),
+        data=WorldData(world=World(), num_clips=2400, num_validation=64, seed=0),
         clip=ClipSpec(num_frames=17, height=64, width=64, fps=8.0),
         vae=AutoencoderStage(
             model=staged(
@@ -80,7 +80,7 @@ def world() -> Recipe:
                 checkpoint_every=420,
             ),
         ),
-        sampling=Sampling(num_steps=24, guidance_scale=5.0, shift=3.0, precision="bf16"),
+        sampling=Sampling(num_steps=16, guidance_scale=5.0, shift=3.0, precision="bf16"),
     )
 
 

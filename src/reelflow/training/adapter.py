@@ -1,12 +1,13 @@
 """The task of an adapter: a `FlowTask` whose network stays as it is, and whose adapter learns.
 
-Its checkpoints hold the adapter alone. What the adapter does to the output on fixed noise is asked early in the run and at
-each validation, so that one without effect is known before the run is over.
+Its checkpoints hold the adapter alone. On a mesh the network's weights are spread as for other training, without gradients
+and moments; the adapter is small, whole in every process, and the loop sums its gradients. What the adapter does to the
+output on fixed noise is asked early in the run and at each validation, so that one without effect is known before the run
+is over.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from reelflow.diffusion.process import as_read
 from reelflow.errors import ConfigError
 from reelflow.models.adapters import Adapter, apply
-from reelflow.models.packing import shape_numbers
+from reelflow.models.packing import told_shape
+from reelflow.parallel.mesh import Workers, alone
 from reelflow.training.flow import FlowTask, LatentBatch, Preserved
 from reelflow.training.loop import Loss
 
@@ -54,15 +56,24 @@ class AdapterTask:
 
     `change` is how far the adapter moves the output, as a share of its norm, on fixed noise and clips. It is among the parts
     of the loss once, after `probe_after` batches, and of every validation; where it is too small to see, a warning says so.
+    With several `workers` the network is spread already (`reelflow.parallel`), and every process has the same adapter.
 
     Raises:
-        ConfigError: `probe_after` is below 1.
+        ConfigError: `probe_after` is below 1, or the network's heads are dealt.
     """
 
-    def __init__(self, flow: FlowTask, adapter: Adapter, *, probe_after: int = 50) -> None:
+    def __init__(
+        self, flow: FlowTask, adapter: Adapter, *, probe_after: int = 50, workers: Workers | None = None
+    ) -> None:
         if probe_after < 1:
             raise ConfigError(
                 f"an adapter changes nothing before its first step; probe_after is at least 1, got {probe_after}"
+            )
+        self.workers = workers or alone()
+        if self.workers.config.tensor > 1:
+            raise ConfigError(
+                f"an adapter changes whole maps, and tensor={self.workers.config.tensor} cuts them; nearest: tensor=1, with "
+                "as many more of shard or sequence"
             )
         self.flow = flow
         self.probe_after = probe_after
@@ -75,11 +86,11 @@ class AdapterTask:
     def loss(self, batch: LatentBatch | Sequence[LatentBatch] | Preserved, generator: torch.Generator) -> Loss:
         loss = self.flow.loss(batch, generator)
         if not self.probed:
-            seen = int(self.model.batches)
-            self.probed = seen >= self.probe_after  # else a run that goes on would be asked again
-            if seen == self.probe_after:
+            seen, now = int(self.model.batches), self.workers.data_size  # batches that others have at hand among them
+            self.probed = seen + now > self.probe_after  # else a run that goes on would be asked again
+            if seen <= self.probe_after < seen + now:
                 loss.parts["change"] = torch.tensor(self._judged())
-        self.model.batches += 1
+        self.model.batches += self.workers.data_size
         return loss
 
     def validate(self, generator: torch.Generator) -> dict[str, Any]:
@@ -91,7 +102,7 @@ class AdapterTask:
     def _judged(self) -> float:
         """Return `change`, and warn where it is too small to see."""
         change = self.change()
-        if change < NO_EFFECT:
+        if change < NO_EFFECT and self.workers.is_first:
             still, maps = self.model.unmoved(), len(self.model.adapter.updates)
             LOG.warning(
                 "the adapter changes the output by %.1g of its norm after %d batches, which nobody will see%s: raise lr, or "
@@ -105,22 +116,21 @@ class AdapterTask:
     @torch.no_grad()
     def change(self) -> float:
         """Return |with - without| / |without| of the network's outputs on fixed noise."""
-        told = self._outputs()
-        self.applied.undo()
-        try:
-            plain = self._outputs()
-        finally:
-            self.applied = apply(self.flow.model, [(self.model.adapter, 1.0)])
+        with torch.compiler.set_stance("force_eager"):  # what is compiled has the adapter in it
+            told = self._outputs()
+            self.applied.undo()
+            try:
+                plain = self._outputs()
+            finally:
+                self.applied = apply(self.flow.model, [(self.model.adapter, 1.0)])
         return float((told - plain).norm() / plain.norm().clamp_min(torch.finfo(plain.dtype).tiny))
 
     def _outputs(self) -> Tensor:
         """Ask the network about the (first) clips of the validation at three times."""
         given, space = self.flow.validation, self.flow.space
         batch = given if isinstance(given, LatentBatch) else given[0]
-        latents, condition = batch.posterior.mean, batch.condition
-        if self.flow.config.tells:
-            told, more = shape_numbers(self.flow.config.tells, latents), condition.numbers
-            condition = replace(condition, numbers=told if more is None else torch.cat([told, more], dim=1))
+        latents = batch.posterior.mean
+        condition = told_shape(batch.condition, self.flow.config.tells, latents)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(PROBE_SEED), dtype=latents.dtype)
         found = []
         for time in PROBE_TIMES:

@@ -22,6 +22,7 @@ from reelflow.errors import ConfigError
 from reelflow.models.coder import SkipBlock
 from reelflow.models.vae import CausalVAE, Posterior, VAEConfig
 from reelflow.nn.conv import CausalSequence
+from reelflow.parallel.device import moved
 from reelflow.training.discriminator import Adversarial, PatchDiscriminator, adaptive_weight, fool, judge
 from reelflow.training.health import diagnose
 from reelflow.training.loop import Loss
@@ -191,18 +192,22 @@ def frame_latents(image: CausalVAE, stride: int) -> Reference:
 
 
 class Companions(nn.Module):
-    """An autoencoder, and what accompanies it in training only: they learn, average and are saved together."""
+    """An autoencoder, and what accompanies it in training only: they learn, average and are saved together.
+
+    All are on the autoencoder's device, but for the count of batches: whoever asks for it need not wait for the device.
+    """
 
     batches: Tensor
     seen: Tensor
 
     def __init__(self, vae: CausalVAE, config: AutoencoderConfig) -> None:
         super().__init__()
+        device, s = vae.latent_std.device, config.log_variance
         self.vae = vae
-        self.discriminator = None if config.adversarial is None else PatchDiscriminator(config.adversarial)
-        self.log_variance = None if config.log_variance is None else nn.Parameter(torch.tensor(config.log_variance))
+        self.discriminator = None if config.adversarial is None else PatchDiscriminator(config.adversarial).to(device)
+        self.log_variance = None if s is None else nn.Parameter(torch.tensor(s, device=device))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("seen", torch.zeros(len(SIGNS)))  # running means; 0 before the first
+        self.register_buffer("seen", torch.zeros(len(SIGNS), device=device))  # running means; 0 before the first
 
 
 SIGNS = ("real_accuracy", "fake_accuracy", "hinge", "adaptive_weight")
@@ -212,6 +217,7 @@ class AutoencoderTask:
     """Training of a `CausalVAE` (see `reelflow.training.loop.Task`); `validation` holds unseen whole clips.
 
     `model` is what the loop trains: the autoencoder, or `Companions` where an adversary or a log-variance learns with it.
+    Batches and `validation` are on the CPU, and so are the draws; networks that are handed in are where the autoencoder is.
     `measure` adds numbers on rebuilt validation clips; what goes wrong is named under "health" (`training/health.py`).
 
     Raises:
@@ -261,8 +267,11 @@ class AutoencoderTask:
 
     def loss(self, batch: Float[Tensor, "B 3 T H W"], generator: torch.Generator) -> Loss:
         c, companions = self.config, self.model if isinstance(self.model, Companions) else None
+        shape = (batch.shape[0], *self.vae.config.latent_shape(*batch.shape[2:]))
+        noise = self._here(torch.randn(shape, generator=generator, dtype=batch.dtype))
+        batch = self._here(batch)
         posterior = self._encode(batch)
-        decoded = self.vae.decode(posterior.sample(generator)).float()
+        decoded = self.vae.decode(posterior.at(noise)).float()
         error = decoded - batch
         parts = {"l1": error.abs().mean(), "l2": error.square().mean(), "kl": posterior.kl()}
         distance = c.l1 * parts["l1"] + c.l2 * parts["l2"]
@@ -295,7 +304,7 @@ class AutoencoderTask:
         """Return the mean PSNR (dB) of unseen whole clips and images; "loss" is minus the clips' PSNR."""
         clips, images, rebuilt, posteriors = [], [], [], []
         for chunk in self.validation.split(4):
-            clip = to_float(chunk)
+            clip = to_float(self._here(chunk))
             posteriors.append(self.vae.encode(clip))
             rebuilt.append(self.vae.decode(posteriors[-1].mean).float().clamp(-1, 1))
             clips.append(_psnr(rebuilt[-1], clip))
@@ -303,7 +312,7 @@ class AutoencoderTask:
         psnr = torch.cat(clips).mean().item()
         values: dict[str, Any] = {"loss": -psnr, "psnr": psnr, "psnr_image": torch.cat(images).mean().item()}
         if self.measure is not None:
-            values |= self.measure(torch.cat(rebuilt), to_float(self.validation))
+            values |= self.measure(torch.cat(rebuilt), to_float(self._here(self.validation)))
         signs = {**{k: v for k, v in values.items() if isinstance(v, float)}, **_look_at(posteriors), **self._running()}
         if self.vae.config.posterior == "point":
             del signs["posterior_std"]  # which it is meant to be without
@@ -316,6 +325,9 @@ class AutoencoderTask:
     def preview(self, folder: Path, step: int) -> None:
         if self.previewer is not None:
             self.previewer(folder, step)
+
+    def _here(self, x: Tensor) -> Tensor:
+        return moved(x, self.vae.latent_std.device)
 
     def _encode(self, batch: Tensor) -> Posterior:
         if self.config.learned == "all":

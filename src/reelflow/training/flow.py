@@ -10,6 +10,10 @@ loss, whatever its size.
 
 Beside clips of a subject, a batch may bring clips that the network made itself before (`Preserved`), and the loss is of both.
 
+All that is random is drawn on the CPU, where batches come from, and goes to the network's device together with the latents:
+the same noise on every device. For a clip of 32,000 tokens (of 2 x 2 latents of 16 channels) these are two copies of 8 MiB
+and some 25 ms of drawing, while the device still has the step before to do.
+
 At t = 1 every process has the data itself and no noise. A published table of steps is no exception: its step 0, which
 still has some, stands before t = 1, so a given frame is one that no step has reached.
 """
@@ -40,9 +44,10 @@ from reelflow.errors import ConfigError
 from reelflow.models.blocks import Gate
 from reelflow.models.condition import Condition
 from reelflow.models.dit import DiTConfig, VideoDiT
-from reelflow.models.packing import Clip, ShapeNumber, pack, shape_numbers
+from reelflow.models.packing import Clip, ShapeNumber, pack, told_shape
 from reelflow.models.vae import Posterior
 from reelflow.nn.patchify import token_grid
+from reelflow.parallel.device import moved
 from reelflow.planning.cost import dit_cost
 from reelflow.training.loop import Loss
 from reelflow.training.meters import BinnedMean
@@ -88,7 +93,7 @@ class FlowConfig:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Cached posteriors (so that every epoch draws new latents) and what the clips are conditioned on."""
+    """Cached posteriors (so that every epoch draws new latents) and what the clips are conditioned on, on the CPU."""
 
     posterior: Posterior
     condition: Condition
@@ -127,7 +132,8 @@ class FlowTask:
     """Diffusion training of a `VideoDiT` (see `reelflow.training.loop.Task`).
 
     `null` is the condition of nothing, one row; `validation` is a fixed batch of unseen clips; `previewer` writes
-    samples into a folder; `token_rate` is of all clips, latent frames a second, where positions are in seconds.
+    samples into a folder; `token_rate` is of all clips, latent frames a second, where positions are in seconds. `device`
+    is where the network computes, by default where its weights are.
 
     Raises:
         ConfigError: images or given frames are asked of a model whose patch spans several latent frames.
@@ -143,6 +149,7 @@ class FlowTask:
         flops_per_sample: float = 0.0,
         previewer: Callable[[Path, int], None] | None = None,
         token_rate: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if model.config.patch.t > 1 and (config.given_fraction or config.image_fraction):
             raise ConfigError(
@@ -162,6 +169,7 @@ class FlowTask:
         self.flops_per_sample = flops_per_sample
         self.previewer = previewer
         self.token_rate = token_rate
+        self.device = next(model.parameters()).device if device is None else device
 
     def loss(self, batch: LatentBatch | Sequence[LatentBatch] | Preserved, generator: torch.Generator) -> Loss:
         if isinstance(batch, Preserved):
@@ -207,9 +215,19 @@ class FlowTask:
             self.previewer(folder, step)
 
     def ask(self, x: Float[Tensor, "B C T H W"], t: Tensor, condition: Condition) -> Float[Tensor, "B C_out T H W"]:
-        """Return the network's answer."""
+        """Return the network's answer, on its device, wherever the rest is."""
         rate = {} if self.token_rate is None else {"token_rate": self.token_rate}
-        return self.model(x, t, condition, **rate)
+        return self.model(self._here(x), self._here(t), condition.map(self._here), **rate)
+
+    def _ask_for_row(self, clips: Sequence[Clip]) -> Sequence[Float[Tensor, "1 C_out _ _ _"]]:
+        """Return the network's answers to clips packed in one row, whose layout is found on the CPU."""
+        row = pack(clips)
+        there = tuple(replace(clip, condition=clip.condition.map(self._here)) for clip in row.clips)
+        condition, places = row.condition.map(self._here), self._here(row.context_places)
+        return self.model.forward_packed(replace(row, clips=there, condition=condition, context_places=places))
+
+    def _here(self, x: Tensor) -> Tensor:
+        return moved(x, self.device)
 
     def time_at(self, share: Any) -> Any:
         """Return the t that lies a share of the way along the times that are drawn."""
@@ -243,18 +261,19 @@ class FlowTask:
         generator: torch.Generator,
         given: int,
     ) -> "_Draw":
-        """Mix noise into clips as of t, but for their first, given frames; and tell of the clips' shape."""
+        """Mix noise into clips as of t, but for their first, given frames; and tell of the clips' shape.
+
+        The condition stays where it is.
+        """
         space, noise = self.space, torch.randn(latents.shape, generator=generator, dtype=latents.dtype)
         times = t
         if given:
             times = t[:, None].repeat(1, latents.shape[2])
             times[:, :given] = 1
+        condition = told_shape(condition, self.config.tells, latents)
+        latents, noise, t, times = map(self._here, (latents, noise, t, times))
         # A lerp is exact where data and noise agree, and rounds less than the sum that other processes take.
         mixed = mix if isinstance(space.process, RectifiedFlow) else space.mix
-        if self.config.tells:
-            told = shape_numbers(self.config.tells, latents)
-            more = condition.numbers
-            condition = replace(condition, numbers=told if more is None else torch.cat([told, more], dim=1))
         return _Draw(latents, noise, t, times, mixed(latents, noise, times), condition, given)
 
     def _errors(self, draws: "Sequence[_Draw]", *, packed: bool) -> "_Errors":
@@ -262,7 +281,7 @@ class FlowTask:
         space = self.space
         asked = [(as_read(space.process, draw.x, draw.times), draw.times.float(), draw.condition) for draw in draws]
         outputs = (
-            self.model.forward_packed(pack([Clip(*each, token_rate=self.token_rate) for each in asked]))
+            self._ask_for_row([Clip(*each, token_rate=self.token_rate) for each in asked])
             if packed
             else [self.ask(*asked[0])]
         )
@@ -287,7 +306,7 @@ def _parts(batch: LatentBatch | Sequence[LatentBatch]) -> Sequence[LatentBatch]:
 
 
 class _Draw(NamedTuple):
-    """Clips of one shape, the noise mixed into them, and when."""
+    """Clips of one shape, the noise mixed into them, and when; on the network's device, but for the condition."""
 
     latents: Float[Tensor, "B C T H W"]
     noise: Float[Tensor, "B C T H W"]

@@ -159,8 +159,7 @@ def replay(task: Any, folder: Path, number: int | None = None, *, kinds: Sequenc
         raise CheckpointError(f"{folder} is not what a stopped run left: {error}") from error
     load_weights(folder / "weights.safetensors", task.model)
     batch = read_batch(folder / f"batch-{number}.safetensors", kinds=kinds)
-    device = next(task.model.parameters()).device
-    generator = torch.Generator(device)
+    device, generator = next(task.model.parameters()).device, torch.Generator()
     seed_draws(generator, seed, number)
     task.model.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

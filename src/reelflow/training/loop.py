@@ -16,6 +16,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from torch.distributed.tensor import DTensor
 
 from reelflow.config import configuration, to_dict
 from reelflow.errors import CheckpointError, ConfigError, ReelflowError
+from reelflow.parallel.device import moved
 from reelflow.parallel.mesh import Workers, alone
 from reelflow.parallel.shard import norms
 from reelflow.training import checkpoint
@@ -86,7 +88,7 @@ class Task(Protocol[Batch_contra]):
     def model(self) -> nn.Module: ...
 
     def loss(self, batch: Batch_contra, generator: torch.Generator) -> Loss:
-        """Return the loss of one batch, every draw taken from `generator` (on the model's device)."""
+        """Return the loss of one batch, every draw taken from `generator` (the CPU's, whatever the model's device)."""
 
     def validate(self, generator: torch.Generator) -> dict[str, Any]:
         """Return numbers and tables; "loss", when among them, decides which checkpoint is kept as the best.
@@ -117,10 +119,9 @@ class Dealt(Protocol):
 
 @runtime_checkable
 class Skipping(Protocol):
-    """Batches that leave out what cannot be read, and count it."""
+    """Batches that leave out what cannot be read; their state has under "skipped" what that was, and how often."""
 
-    @property
-    def num_skipped(self) -> int: ...
+    skipped: dict[str, int]
 
 
 @configuration
@@ -260,7 +261,7 @@ class _Run:
         self.device = workers.device
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.ema = None if config.ema_decay is None else Ema(self.model, config.ema_decay)
-        self.generator = torch.Generator(self.device)
+        self.generator = torch.Generator()  # on the CPU: the same draws on every device
         self.watch = Watch(config.guard)
         self.step = 0
         self.stop = False
@@ -315,7 +316,7 @@ class _Run:
             state={
                 "config": to_dict(self.config),
                 "origin": self.origin,
-                "loader": self.batches.state_dict(),
+                "loader": self.batches.state_dict() | self.unreadable(),
                 "seconds": seconds,
                 "watch": self.watch.state_dict(),
                 "best": self.best,
@@ -352,17 +353,20 @@ class _Run:
             total[1:3] += torch.tensor([loss.num_samples, loss.num_tokens])
             if self.watch.last_chance:
                 kept[number] = batch
-        means = [_floats(values) for values, _ in parts]  # the first wait for the device
+        self.sum_gradients()
+        grads = [p.grad for p in self.params if p.grad is not None]
+        each = norms(grads, workers)
+        means = [
+            _floats(values) for values, _ in parts
+        ]  # the first wait for the device, which has all else to do by now
         total[0] = sum(values["loss"] * count for values, (_, count) in zip(means, parts, strict=True))
-        value, samples, tokens = workers.sum(total.to(workers.device)).tolist()
+        value, samples, tokens = (total if workers.mesh is None else workers.sum(total.to(workers.device))).tolist()
         self.stop = workers.agree(interrupted.is_set())
         meter.consumed(
             num_samples=round(samples / workers.config.sequence), num_tokens=round(tokens / workers.config.sequence)
         )
-        self.sum_gradients()
-        grads = [p.grad for p in self.params if p.grad is not None]
         scale = 1.0 if alone_in_step else usual / samples  # batches may be larger or smaller than usual
-        each = scale * norms(grads, workers)
+        each = scale * each.cpu()
         loss_value, norm = value / samples, torch.linalg.vector_norm(each).item()
         refused = self.watch.refuses(loss_value, norm)
         if not refused:
@@ -515,23 +519,28 @@ class _Run:
             **by_block,
             "lr_fraction": schedule(self.config.optimizer, self.step - 1, self.config.steps),
             "skipped": self.watch.skipped,
-            **self.unreadable(),
+            **{f"samples_{name}": sum(found.values()) for name, found in self.unreadable().items()},
             **meter.read(),
             "eta_seconds": eta_seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             **peak_device_bytes(self.device),
         }
 
-    def unreadable(self) -> dict[str, int]:
-        """Say how many samples could not be read, of all processes."""
+    def unreadable(self) -> dict[str, dict[str, int]]:
+        """Return what could not be read and how often, of all processes, each batch counted once."""
         if not isinstance(self.batches, Skipping):
             return {}
-        return {"samples_skipped": sum(self.peers.gather(self.batches.num_skipped))}
+        rank, alike = self.workers.rank, self.workers.config.sequence * self.workers.config.tensor
+        counts = rank % alike == 0 if self.dealt else rank == 0
+        total: Counter[str] = Counter()
+        for found in self.peers.gather(self.batches.skipped if counts else {}):
+            total.update(found)
+        return {"skipped": dict(total)}
 
     def validate(self, log: RunLog | None, display: Display) -> float | None:
         """Log what the task finds, and return its "loss" if it names a finite one."""
         with self.evaluating():
-            values = self.task.validate(torch.Generator(self.device).manual_seed(VALIDATION_SEED))
+            values = self.task.validate(torch.Generator().manual_seed(VALIDATION_SEED))
         if log is not None:
             log.write(self.step, "validation", values)
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -549,11 +558,14 @@ class _Run:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Averaged weights, evaluation mode, no gradients; and nothing the training draws from is touched."""
-        devices = [self.device] if self.device.type == "cuda" else []
+        on_cpu = self.device.type == "cpu"
+        draws = torch.random.fork_rng(
+            [] if on_cpu else [self.device], device_type="cuda" if on_cpu else self.device.type
+        )
         averaged = nullcontext() if self.ema is None else self.ema.swapped_in()
         self.model.eval()
         try:
-            with torch.random.fork_rng(devices), averaged, torch.no_grad(), self.autocast():
+            with draws, averaged, torch.no_grad(), self.autocast():
                 yield
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):  # drop what was gathered of the averages
@@ -578,7 +590,8 @@ class _Run:
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
     """Fetch scalars from the device, in one go."""
-    scalars = (x.full_tensor() if isinstance(x, DTensor) else x for x in values.values())
+    device = values["loss"].device
+    scalars = (x.full_tensor() if isinstance(x, DTensor) else moved(x, device) for x in values.values())
     return dict(zip(values, torch.stack([x.float() for x in scalars]).tolist(), strict=True))
 
 
