@@ -89,7 +89,7 @@ def measure(case: Case) -> None:
     run = vae.decode if case.way == "decode" else vae.encode
     memory = 2**50
     if case.parts == "chunks":
-        memory = int(0.7 * plan_of(x.shape, memory).peak)
+        memory = int(0.8 * plan_of(x.shape, memory).peak)
     elif case.parts == "tiles":  # half of what a stream of single latents takes
         memory = int(0.5 * plan_of(x.shape, memory).peak)
     plan = plan_of(x.shape, memory)

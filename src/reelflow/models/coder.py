@@ -644,7 +644,12 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Video, state: State = None) -> Video:
         if self.over == "frame":
             frames = x.movedim(2, 1)
-            return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).movedim(1, 2)
+            flat = frames.flatten(0, 1)
+            if (
+                len(flat) == 1
+            ):  # a stride that nobody uses, but by which PyTorch would take channels last for first and copy
+                flat = flat.as_strided(flat.shape, (flat[0].numel(), *flat.stride()[1:]))
+            return super().forward(flat).unflatten(0, frames.shape[:2]).movedim(1, 2)
         if self.over == "clip":
             refuse_state(state, "a norm sees all frames")
         return super().forward(x)

@@ -356,9 +356,8 @@ class _Run:
         self.sum_gradients()
         grads = [p.grad for p in self.params if p.grad is not None]
         each = norms(grads, workers)
-        means = [
-            _floats(values) for values, _ in parts
-        ]  # the first wait for the device, which has all else to do by now
+        # The first wait for the device, which by now knows all that it is to do.
+        means = [_floats(values) for values, _ in parts]
         total[0] = sum(values["loss"] * count for values, (_, count) in zip(means, parts, strict=True))
         value, samples, tokens = (total if workers.mesh is None else workers.sum(total.to(workers.device))).tolist()
         self.stop = workers.agree(interrupted.is_set())
