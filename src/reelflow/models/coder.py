@@ -645,9 +645,7 @@ class GroupNorm(nn.GroupNorm):
         if self.over == "frame":
             frames = x.movedim(2, 1)
             flat = frames.flatten(0, 1)
-            if (
-                len(flat) == 1
-            ):  # a stride that nobody uses, but by which PyTorch would take channels last for first and copy
+            if len(flat) == 1:  # its stride is never used, but by it PyTorch takes channels last for first, and copies
                 flat = flat.as_strided(flat.shape, (flat[0].numel(), *flat.stride()[1:]))
             return super().forward(flat).unflatten(0, frames.shape[:2]).movedim(1, 2)
         if self.over == "clip":

@@ -11,8 +11,8 @@ loss, whatever its size.
 Beside clips of a subject, a batch may bring clips that the network made itself before (`Preserved`), and the loss is of both.
 
 All that is random is drawn on the CPU, where batches come from, and goes to the network's device together with the latents:
-the same noise on every device. For a clip of 32,000 tokens (of 2 x 2 latents of 16 channels) these are two copies of 8 MiB
-and some 25 ms of drawing, while the device still has the step before to do.
+the same noise on every device. For a clip of 32,000 tokens (of 2 x 2 latents of 16 channels) these are two copies of 8 MiB,
+while the device still has the step before to do.
 
 At t = 1 every process has the data itself and no noise. A published table of steps is no exception: its step 0, which
 still has some, stands before t = 1, so a given frame is one that no step has reached.
